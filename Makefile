@@ -1,0 +1,42 @@
+# make demo   the whole road at nano size: photographs -> shards -> training -> registry -> endpoint -> picture
+# make test   every test          make check   format, lint, types, layout          make bench   benchmarks
+# Each target first installs what it needs into .venv, again only when the pins change.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PINS   := $(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
+STAMP  := $(VENV)/.installed-$(PINS)
+OUT    ?= out/demo
+
+.PHONY: demo test check bench format install clean
+
+demo: $(STAMP)
+	$(BIN)/python pipelines/demo.py --out $(OUT)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layout.py
+
+bench: $(STAMP)
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(STAMP)
+
+$(STAMP):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.installed-*
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf out .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,7 @@
+"""The one exception of `faithdiff` that callers branch on."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """A picture, setting, preset or checkpoint that was given cannot be used; the message says what to change."""

@@ -1,0 +1,1 @@
+"""Runnable jobs: each file is one job, `python pipelines/<job>.py --help` explains it."""

@@ -1,0 +1,1 @@
+"""Data stages, one file each: `(Dataset, Config) -> Dataset`."""

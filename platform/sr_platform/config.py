@@ -1,0 +1,195 @@
+"""Job configuration: defaults < YAML recipe < command-line flags, all of one typed, frozen model.
+
+A job defines a `StrictConfig` in its own file, then `main(argv)` calls `load_config(TrainConfig, argv, job="train")`
+and the last line of the file is `run_job(main)`. Nothing else reads `sys.argv` or YAML.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import tyro
+import yaml
+
+from sr_platform.errors import ConfigError, RequestError
+
+RECIPES_PATH = Path(__file__).resolve().parents[2] / "pipelines" / "recipes"
+
+
+class StrictConfig(pydantic.BaseModel):
+    """Base of every configuration: frozen, and an unknown name is an error rather than ignored."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+
+
+def load_config(cls: type[ConfigT], argv: Sequence[str], *, job: str, description: str = "") -> ConfigT:
+    """The validated configuration of one job: `[recipe.yaml] --flag value ...`.
+
+    A recipe is a path, or the bare name of one that ships with the project.
+
+    Raises:
+        ConfigError: the recipe or a flag is wrong; every problem is named at once.
+        SystemExit: status 0, after `--help`.
+    """
+    args = list(argv)
+    recipe: dict[str, Any] = {}
+    where = f"{job}: flags"
+    if args and not args[0].startswith("-"):
+        where = f"{job}: {args[0]}"
+        recipe = read_recipe(args.pop(0), job=job)
+        check_values(cls, recipe, where=where)
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            parsed: ConfigT = tyro.cli(
+                cls,
+                args=args,
+                default=_partial(cls, recipe),
+                prog=f"python pipelines/{job}.py [recipe.yaml]",
+                description=description,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+            return parsed
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(f"{where}: {_one_line(refusal.getvalue())}") from None
+
+
+def read_recipe(name: str, *, job: str) -> dict[str, Any]:
+    """The mapping in a YAML recipe. Raises ConfigError when it is missing, not YAML or not a mapping."""
+    path = Path(name)
+    if not path.is_file():
+        path = RECIPES_PATH / name
+    if not path.is_file():
+        shipped = sorted(p.name for p in RECIPES_PATH.glob("*.yaml"))
+        raise ConfigError(
+            f"{job}: recipe {name!r} does not exist; "
+            f"give a path or one of {', '.join(shipped)}{_did_you_mean(name, shipped)}"
+        )
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{job}: recipe {name} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{job}: recipe {name} holds a {type(values).__name__}; it must be a mapping of names to values"
+        )
+    return values
+
+
+def check_values(cls: type[StrictConfig], values: dict[str, Any], *, where: str) -> None:
+    """Raises ConfigError for everything wrong in `values`, except that required fields may still be missing."""
+    try:
+        cls.model_validate(values)
+    except pydantic.ValidationError as error:
+        wrong = [e for e in error.errors() if e["type"] != "missing"]
+        if wrong:
+            raise ConfigError(f"{where}: {_join(cls, wrong)}") from error
+
+
+def validate(cls: type[ConfigT], values: Any, *, where: str) -> ConfigT:
+    """`values` as a `cls`. Raises ConfigError naming every problem in one line."""
+    try:
+        return cls.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{where}: {describe_errors(cls, error)}") from error
+
+
+def describe_errors(cls: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
+    """All problems of a validation in one line, each with its path and, for a typo, what was meant."""
+    return _join(cls, error.errors())
+
+
+def run_job(main: Callable[[Sequence[str]], None], *, user_errors: tuple[type[ValueError], ...] = ()) -> None:
+    """Runs a job's `main(argv)` and exits: 0 done, 2 the request was wrong (one line, no traceback), 1 it failed."""
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        if not isinstance(error, (RequestError, *user_errors)):
+            raise
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _one_line(box: str) -> str:
+    """tyro's boxed refusal as one line, without the frame, pydantic's links and the pointer to --help."""
+    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500") for line in box.splitlines()]
+    text = " ".join(line for line in lines if line)
+    text = re.split(r"For full helptext|For further information", text)[0]
+    return re.sub(r"\s*\[type=.*?\]", "", text).strip() + "; --help lists every flag"
+
+
+def _partial(cls: type[StrictConfig], values: dict[str, Any]) -> Any:
+    """An instance to hand tyro as defaults, in which what is required and not given yet is `tyro.MISSING`."""
+    fields: dict[str, Any] = {}
+    for name, field in cls.model_fields.items():
+        nested = _nested_model(field.annotation)
+        if name in values and nested is not None and isinstance(values[name], dict):
+            fields[name] = _partial(nested, values[name])
+        elif name in values:
+            fields[name] = pydantic.TypeAdapter[Any](field.annotation).validate_python(values[name])
+        elif field.is_required():
+            fields[name] = _partial(nested, {}) if nested is not None else tyro.MISSING
+        else:
+            fields[name] = field.get_default(call_default_factory=True)
+    return cls.model_construct(**fields)
+
+
+def _nested_model(annotation: Any) -> type[StrictConfig] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, StrictConfig) else None
+
+
+def _join(cls: type[pydantic.BaseModel], errors: Sequence[Any]) -> str:
+    return "; ".join(_describe(cls, e) for e in errors)
+
+
+def _describe(cls: type[pydantic.BaseModel], error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"]) or "(whole)"
+    if error["type"] == "extra_forbidden":
+        allowed = _fields_at(cls, error["loc"][:-1])
+        hint = _did_you_mean(str(error["loc"][-1]), allowed)
+        return f"{path}: no such setting{hint or '; there are ' + ', '.join(allowed)}"
+    if error["type"] == "missing":
+        return f"{path}: required, and missing"
+    message = re.sub(r"^Value error, ", "", error["msg"])
+    return f"{path}: got {error['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(cls: type[pydantic.BaseModel], loc: Sequence[Any]) -> list[str]:
+    for part in loc:
+        field = cls.model_fields.get(str(part))
+        models = (
+            [a for a in _flatten(field.annotation) if isinstance(a, type) and issubclass(a, pydantic.BaseModel)]
+            if field
+            else []
+        )
+        if models:
+            cls = models[0]
+    return list(cls.model_fields)
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [a for part in typing.get_args(annotation) for a in _flatten(part)]
+    return [annotation]
+
+
+def _did_you_mean(name: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,96 @@
+"""Fixtures of all tests: the environment of a local Ray, golden tensors and the weights they were made with."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports Ray: loopback only, fast polling, no token file in the home folder.
+os.environ.update(
+    RAY_AUTH_MODE="disabled",
+    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",
+    RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S="60",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    HF_HUB_OFFLINE="1",
+)
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+GOLDEN_PATH = Path(__file__).parent / "golden"
+
+
+class Golden(dict[str, torch.Tensor]):
+    """One golden case: its tensors by name, and `about`, the json that describes them."""
+
+    def __init__(self, case: str) -> None:
+        tensors_path = GOLDEN_PATH / f"{case}.safetensors"
+        super().__init__(load_file(tensors_path) if tensors_path.exists() else {})
+        self.about: dict[str, Any] = json.loads((GOLDEN_PATH / f"{case}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    """`golden("case01_lq_encoder")["feat_64x64"]`; `.about` is its json."""
+    return Golden
+
+
+def recipe_tensor(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The golden recipe: every weight is a formula of its released key name and shape (tests/golden/README.md)."""
+    seed = zlib.crc32(key.encode())
+    z = np.random.RandomState(seed).standard_normal(math.prod(shape)).reshape(shape)
+    if len(shape) >= 2:
+        value = z / math.sqrt(math.prod(shape[1:]))
+    else:
+        value = 1 + 0.1 * z if key.endswith("weight") else 0.05 * z
+    return torch.from_numpy(value.astype(np.float32))
+
+
+@pytest.fixture(scope="session")
+def golden_weight() -> Callable[[str, tuple[int, ...]], torch.Tensor]:
+    """`golden_weight("conv_in.weight", (320, 4, 3, 3))` -> the weight the golden tensors were made with."""
+    return recipe_tensor
+
+
+@pytest.fixture(scope="session")
+def fill_recipe() -> Callable[[torch.nn.Module, str], torch.nn.Module]:
+    """`fill_recipe(vae, "vae.")` fills a module with recipe weights under `prefix + its own key`, in place."""
+
+    def fill(module: torch.nn.Module, prefix: str) -> torch.nn.Module:
+        state = module.state_dict()
+        filled = {k: recipe_tensor(prefix + k, tuple(v.shape)) for k, v in state.items() if v.is_floating_point()}
+        module.load_state_dict(filled, strict=False)
+        return module
+
+    return fill
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """max |actual - expected| / max |expected|, the measure of the golden tolerances."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} against {tuple(expected.shape)}"
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+@pytest.fixture(scope="session")
+def rel_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
+    return relative_error
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One local Ray for the whole session, with more logical CPUs than cores: every waiting actor takes one."""
+    from sr_platform import cluster
+
+    with cluster.connected(num_cpus=6, local=True):
+        yield

@@ -1,0 +1,146 @@
+"""LQ encoder: a low-quality picture -> features of the penultimate VAE-encoder layer (FaithDiff, section 3.1).
+
+It is the encoder of SDXL's `AutoencoderKL` cut after its middle block: no final norm, no moments, no sampling, no
+scaling. Parameters keep the names they have inside the VAE's encoder, so a checkpoint needs only a prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from faithdiff.errors import InputError
+
+_EPS = 1e-6
+_SHARED_CONFIG = (
+    "in_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "act_fn",
+    "mid_block_add_attention",
+)
+
+
+class LQEncoder(ModelMixin, ConfigMixin):
+    """Deterministic features of a picture at 1/8 of its size (at 2 ** (blocks - 1) in general).
+
+    34,125,696 parameters in 102 tensors at SDXL's size. `from_vae` starts it from a VAE's weights.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        block_out_channels: Sequence[int] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        act_fn: str = "silu",
+        mid_block_add_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        widths = list(block_out_channels)
+        if not widths or any(width % norm_num_groups for width in widths):
+            raise InputError(
+                f"LQEncoder: block_out_channels={widths} with norm_num_groups={norm_num_groups}; "
+                "every block needs a number of channels that the groups divide"
+            )
+        self.conv_in = nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownEncoderBlock2D(
+                in_channels=before,
+                out_channels=width,
+                num_layers=layers_per_block,
+                resnet_eps=_EPS,
+                resnet_act_fn=act_fn,
+                resnet_groups=norm_num_groups,
+                add_downsample=i < len(widths) - 1,
+                downsample_padding=0,
+            )
+            for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
+        )
+        self.mid_block = UNetMidBlock2D(
+            in_channels=widths[-1],
+            temb_channels=None,
+            resnet_eps=_EPS,
+            resnet_act_fn=act_fn,
+            resnet_groups=norm_num_groups,
+            attention_head_dim=widths[-1],
+            add_attention=mid_block_add_attention,
+        )
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_vae(cls, vae: AutoencoderKL) -> LQEncoder:
+        """An encoder with a copy of the VAE encoder's weights, in its dtype and on its device.
+
+        Raises:
+            InputError: the VAE's encoder is not made of plain `DownEncoderBlock2D`.
+        """
+        config = vae.config
+        if set(config.down_block_types) != {"DownEncoderBlock2D"}:
+            raise InputError(
+                f"LQEncoder.from_vae: the VAE has down_block_types={list(config.down_block_types)}; "
+                "only DownEncoderBlock2D is allowed: give a VAE of SDXL's kind"
+            )
+        encoder = cls(**{name: config[name] for name in _SHARED_CONFIG})
+        ours = encoder.state_dict().keys()
+        weights = {key: value for key, value in vae.encoder.state_dict().items() if key in ours}
+        encoder.load_state_dict(weights, strict=True)
+        # torch's own `to`: that of diffusers 0.42 warns of float32 layers at every cast, though there are none.
+        return nn.Module.to(encoder, device=vae.device, dtype=vae.dtype)
+
+    @property
+    def downscale(self) -> int:
+        """Picture pixels per feature, along each side."""
+        return 2 ** (len(self.down_blocks) - 1)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the features."""
+        return int(self.config.block_out_channels[-1])
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Any = None) -> None:
+        """Recomputes each down block and the middle block in the backward pass, in train mode only."""
+        # diffusers' own method would also set the flag of the middle block, which would checkpoint twice.
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = False
+
+    def forward(self, lq: Tensor) -> Tensor:
+        """lq RGB [B, 3, H, W] in [-1, 1] -> features [B, C, H / 8, W / 8], raw (no norm, no scaling).
+
+        Raises:
+            InputError: the shape is not [B, 3, H, W] with H and W multiples of `downscale`.
+        """
+        self.check_shape(lq)
+        features = self.conv_in(lq)
+        for block in [*self.down_blocks, self.mid_block]:
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                features = checkpoint(block, features, use_reentrant=False)
+            else:
+                features = block(features)
+        return features
+
+    def check_shape(self, lq: Tensor) -> None:
+        """Raises InputError unless `lq` is [B, in_channels, H, W] with H and W multiples of `downscale`."""
+        channels, step = self.config.in_channels, self.downscale
+        shape = tuple(lq.shape)
+        if len(shape) != 4 or shape[1] != channels:
+            raise InputError(f"LQEncoder: got a tensor of shape {shape}; it must be [B, {channels}, H, W] in [-1, 1]")
+        if shape[2] % step or shape[3] % step or not (shape[2] and shape[3]):
+            raise InputError(
+                f"LQEncoder: the picture is {shape[3]}x{shape[2]} px (width x height); "
+                f"both must be positive multiples of {step}: pad right and bottom by replicating the edge"
+            )

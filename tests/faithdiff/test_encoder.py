@@ -1,0 +1,146 @@
+"""The LQ encoder against the released one's tensors, and against the VAE it is cut from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from faithdiff.encoder import LQEncoder
+from faithdiff.errors import InputError
+
+TOLERANCE = 5e-5
+
+
+@pytest.fixture(scope="module")
+def full_size(fill_recipe):
+    return fill_recipe(LQEncoder(), "denoise_encoder.").eval()
+
+
+@pytest.fixture(scope="module")
+def small_vae():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        sample_size=64,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def small(small_vae):
+    return LQEncoder.from_vae(small_vae).eval()
+
+
+def picture(height, width, batch=1, seed=0):
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_features_equal_the_released_ones(full_size, golden, rel_error):
+    case = golden("case01_lq_encoder")
+    with torch.no_grad():
+        assert rel_error(full_size(case["image_64x64"]), case["feat_64x64"]) < TOLERANCE
+
+
+def test_every_stage_equals_the_released_one(full_size, golden, rel_error):
+    case = golden("case01_lq_encoder")
+    with torch.no_grad():
+        x = full_size.conv_in(case["image_64x64"])
+        stages = {"conv_in": x}
+        for i, block in enumerate(full_size.down_blocks):
+            x = block(x)
+            stages[f"down{i}"] = x
+    errors = {name: rel_error(x[:, :8], case[f"stage_{name}_64x64"]) for name, x in stages.items()}
+    assert len(errors) == 5
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_names_shapes_and_counts_are_the_released_ones(golden):
+    listed = golden("faithdiff_full_keys").about["keys"]
+    prefix = "denoise_encoder."
+    released = {k.removeprefix(prefix): tuple(v) for k, v in listed.items() if k.startswith(prefix)}
+    with torch.device("meta"):
+        ours = {k: tuple(v.shape) for k, v in LQEncoder().state_dict().items()}
+    assert ours == released
+    assert len(ours) == 102
+    assert sum(torch.Size(shape).numel() for shape in ours.values()) == 34_125_696
+
+
+def test_from_vae_is_the_vae_encoder_before_its_final_norm(small, small_vae):
+    lq = picture(40, 64)
+    seen = []
+    hook = small_vae.encoder.conv_norm_out.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    with torch.no_grad():
+        small_vae.encode(lq)
+        hook.remove()
+        assert torch.equal(small(lq), seen[0])
+
+
+def test_from_vae_copies_the_weights(small_vae):
+    encoder = LQEncoder.from_vae(small_vae)
+    before = small_vae.encoder.conv_in.weight.clone()
+    with torch.no_grad():
+        encoder.conv_in.weight.zero_()
+    assert torch.equal(small_vae.encoder.conv_in.weight, before)
+
+
+def test_from_vae_keeps_the_dtype(small_vae):
+    half = AutoencoderKL.from_config(small_vae.config).to(torch.bfloat16)
+    assert LQEncoder.from_vae(half).dtype == torch.bfloat16
+
+
+def test_saved_and_loaded_encoder_gives_the_same_features(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
+    loaded = LQEncoder.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(picture(32, 32)), small(picture(32, 32)))
+
+
+def gradients(encoder, lq):
+    encoder.zero_grad()
+    encoder(lq).square().mean().backward()
+    return [p.grad.clone() for p in encoder.parameters()]
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_recomputes_each_block_once(small_vae):
+    encoder = LQEncoder.from_vae(small_vae).train()
+    plain = gradients(encoder, picture(32, 32))
+    runs = []
+    # Starts are counted, not ends: recomputing stops as soon as the last needed activation is there.
+    layers = [block.resnets[0] for block in [*encoder.down_blocks, encoder.mid_block]]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, args: runs.append(module))
+    encoder.enable_gradient_checkpointing()
+    assert encoder.is_gradient_checkpointing
+    for ours, theirs in zip(gradients(encoder, picture(32, 32)), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert [runs.count(layer) for layer in layers] == [2] * len(layers)
+
+
+def test_gradient_checkpointing_is_off_in_eval_mode(small_vae):
+    encoder = LQEncoder.from_vae(small_vae).eval()
+    encoder.enable_gradient_checkpointing()
+    runs = []
+    encoder.down_blocks[0].resnets[0].register_forward_hook(lambda module, args, out: runs.append(module))
+    gradients(encoder, picture(32, 32))
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 36, 64), (1, 3, 64, 63), (1, 3, 0, 64)])
+def test_sizes_off_the_grid_are_refused_with_the_size_and_the_remedy(small, shape):
+    with pytest.raises(InputError, match=rf"{shape[3]}x{shape[2]} px.*multiples of 8.*pad"):
+        small(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4, 64, 64)])
+def test_tensors_that_are_no_batch_of_rgb_are_refused(small, shape):
+    with pytest.raises(InputError, match=r"must be \[B, 3, H, W\]"):
+        small(torch.zeros(shape))
+
+
+def test_channels_that_the_norm_groups_do_not_divide_are_refused():
+    with pytest.raises(InputError, match="norm_num_groups=32"):
+        LQEncoder(block_out_channels=(24, 48))

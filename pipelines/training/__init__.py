@@ -1,0 +1,1 @@
+"""Training, by the noun that flows: recipe -> samples -> batches -> updates -> checkpoints -> registered model."""

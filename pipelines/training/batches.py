@@ -1,0 +1,221 @@
+"""Prepared dataset -> micro-batches: which samples an update sees, how each is cut, and the tensors of it.
+
+In : a prepared dataset (`hq.png`, `lq.png`, `json` with the caption).
+Out: `Batch`: hq, lq float [B, 3, S, S] in [-1, 1], captions, time_ids [B, 6] in pixels, and the samples' numbers.
+
+The samples of a run form one endless stream: every epoch is a permutation of the dataset drawn from (seed, epoch).
+Sample number n of the stream belongs to update n // global batch. Whatever is random about it is drawn from (seed, n),
+so the number of workers, the micro-batch and any restart leave every update as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+Upsampling = Literal["nearest", "bilinear", "bicubic"]
+Picture = npt.NDArray[np.uint8]
+
+_UPSAMPLING: tuple[Upsampling, ...] = ("nearest", "bilinear", "bicubic")
+_PIL_FILTER = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_SCALE = 4
+_ORDER_STREAM, _ITEM_STREAM = 2, 3
+
+
+class Samples(Protocol):
+    """What is read: `sr_platform.shards.SampleReader`, or a list of the same dictionaries in tests."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, bytes]: ...
+
+
+@dataclass(frozen=True)
+class ItemDraws:
+    """Everything random about one cut-out."""
+
+    is_flipped: bool
+    top_px: int
+    """Of the low-quality crop, 0 .. padded height - crop."""
+    left_px: int
+    upsampling: Upsampling
+    is_caption_dropped: bool
+
+
+@dataclass(frozen=True)
+class Item:
+    """One training example: uint8 RGB pictures [S, S, 3] of equal size, its text and its micro-conditioning."""
+
+    hq: Picture
+    lq: Picture
+    caption: str
+    time_ids: tuple[int, int, int, int, int, int]
+    """original height and width, top and left of the crop, target height and width, all in high-quality pixels."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    hq: Tensor
+    lq: Tensor
+    captions: list[str]
+    time_ids: Tensor
+    samples: list[int]
+    """Numbers in the stream of samples; the noise of the batch is drawn from them."""
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """The endless stream of samples of one stage."""
+
+    seed: int
+    num_samples: int
+
+    def index(self, sample: int) -> int:
+        """Where in the dataset sample number `sample` of the stream lies."""
+        epoch, position = divmod(sample, self.num_samples)
+        return int(_permutation(self.seed, epoch, self.num_samples)[position])
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, num_samples: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, _ORDER_STREAM, epoch]).permutation(num_samples)
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """How the global batch of an update is shared: every rank runs `accumulation` micro-batches of `micro_batch`."""
+
+    global_batch: int
+    world_size: int
+    micro_batch: int
+
+    @property
+    def accumulation(self) -> int:
+        return self.global_batch // (self.world_size * self.micro_batch)
+
+    @classmethod
+    def derive(cls, global_batch: int, world_size: int, max_micro_batch: int) -> BatchSplit:
+        """The largest micro-batch up to `max_micro_batch` that divides a rank's share of the global batch."""
+        assert global_batch % world_size == 0, f"{global_batch} over {world_size}"
+        share = global_batch // world_size
+        micro_batch = max(size for size in range(1, min(share, max_micro_batch) + 1) if share % size == 0)
+        return cls(global_batch, world_size, micro_batch)
+
+    def samples(self, update: int, micro_step: int, rank: int) -> list[int]:
+        """Numbers of the samples that `rank` sees in the given micro-step of the given update (both from 0)."""
+        first = update * self.global_batch + (micro_step * self.world_size + rank) * self.micro_batch
+        return list(range(first, first + self.micro_batch))
+
+
+def draw_item(
+    seed: int, sample: int, lq_height_px: int, lq_width_px: int, *, crop_px: int, caption_dropout: float
+) -> ItemDraws:
+    """The draws of sample number `sample`, whose low-quality picture is of the given size; `crop_px` is its crop."""
+    rng = np.random.default_rng([seed, _ITEM_STREAM, sample])
+    return ItemDraws(
+        is_flipped=bool(rng.random() < 0.5),
+        top_px=int(rng.integers(max(lq_height_px - crop_px, 0) + 1)),
+        left_px=int(rng.integers(max(lq_width_px - crop_px, 0) + 1)),
+        upsampling=_UPSAMPLING[int(rng.integers(len(_UPSAMPLING)))],
+        is_caption_dropped=bool(rng.random() < caption_dropout),
+    )
+
+
+def cut_item(hq: Picture, lq: Picture, caption: str, draws: ItemDraws, *, crop_px: int) -> Item:
+    """Flip, pad, crop and up-sample one pair; `crop_px` is the side of the low-quality crop, a quarter of the result's.
+
+    Source: Realesrgan_offline_dataset.py:166-229 @ f11af6c, with `target_size` 512 px as since 2025-08-11.
+    """
+    if draws.is_flipped:
+        hq, lq = hq[:, ::-1], lq[:, ::-1]
+    hq, lq = _pad(hq, crop_px * _SCALE), _pad(lq, crop_px)
+    top_px, left_px, side_px = draws.top_px * _SCALE, draws.left_px * _SCALE, crop_px * _SCALE
+    lq_crop = lq[draws.top_px : draws.top_px + crop_px, draws.left_px : draws.left_px + crop_px]
+    upsampled = Image.fromarray(lq_crop).resize((side_px, side_px), _PIL_FILTER[draws.upsampling])
+    return Item(
+        hq=hq[top_px : top_px + side_px, left_px : left_px + side_px],
+        lq=np.asarray(upsampled),
+        caption="" if draws.is_caption_dropped else caption,
+        time_ids=(lq.shape[0] * _SCALE, lq.shape[1] * _SCALE, top_px, left_px, side_px, side_px),
+    )
+
+
+def _pad(picture: Picture, side_px: int) -> Picture:
+    """Mirrored at the right and bottom edge (the edge pixel once) until both sides have `side_px`."""
+    bottom_px, right_px = max(0, side_px - picture.shape[0]), max(0, side_px - picture.shape[1])
+    padded = cv2.copyMakeBorder(np.ascontiguousarray(picture), 0, bottom_px, 0, right_px, cv2.BORDER_REFLECT_101)
+    return np.asarray(padded, dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """How samples are cut: the numbers of the recipe that `draw_item` and `cut_item` need."""
+
+    size_px: int
+    caption_dropout: float
+
+
+class MicroBatches(Dataset[Batch]):
+    """The micro-batches of one rank, numbered from the first update of the run: update * accumulation + micro-step."""
+
+    def __init__(self, reader: Samples, split: BatchSplit, *, rank: int, seed: int, crop: CropConfig) -> None:
+        self.reader, self.split, self.rank, self.seed, self.crop = reader, split, rank, seed, crop
+        self.order = SampleOrder(seed, len(reader))
+
+    def __getitem__(self, number: int) -> Batch:
+        update, micro_step = divmod(number, self.split.accumulation)
+        return self.batch(self.split.samples(update, micro_step, self.rank))
+
+    def batch(self, samples: Sequence[int]) -> Batch:
+        items = [self._item(sample) for sample in samples]
+        return Batch(
+            hq=to_tensor([item.hq for item in items]),
+            lq=to_tensor([item.lq for item in items]),
+            captions=[item.caption for item in items],
+            time_ids=torch.tensor([item.time_ids for item in items], dtype=torch.float32),
+            samples=list(samples),
+        )
+
+    def _item(self, sample: int) -> Item:
+        members = self.reader[self.order.index(sample)]
+        hq, lq = decode(members["hq.png"]), decode(members["lq.png"])
+        assert hq.shape[:2] == (lq.shape[0] * _SCALE, lq.shape[1] * _SCALE), (hq.shape, lq.shape)
+        crop_px = self.crop.size_px // _SCALE
+        draws = draw_item(self.seed, sample, *lq.shape[:2], crop_px=crop_px, caption_dropout=self.crop.caption_dropout)
+        caption: str = json.loads(members["json"])["caption"]
+        return cut_item(hq, lq, caption, draws, crop_px=crop_px)
+
+
+def micro_batches(dataset: MicroBatches, first_update: int, last_update: int, *, num_workers: int) -> Iterator[Batch]:
+    """The micro-batches of updates `first_update` .. `last_update` - 1, in order, decoded ahead by `num_workers`."""
+    accumulation = dataset.split.accumulation
+    numbers = range(first_update * accumulation, last_update * accumulation)
+    context: dict[str, Any] = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if num_workers else {}
+    # batch_size=None: an item of the dataset is a whole micro-batch already.
+    return iter(DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=num_workers, **context))
+
+
+def decode(png: bytes) -> Picture:
+    """uint8 RGB [H, W, 3]."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def to_tensor(pictures: Sequence[Picture]) -> Tensor:
+    """float32 [B, 3, H, W] in [-1, 1] of uint8 RGB pictures [H, W, 3] of equal size."""
+    stacked = torch.from_numpy(np.stack([np.ascontiguousarray(picture) for picture in pictures]))
+    return stacked.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0

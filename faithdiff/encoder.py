@@ -7,7 +7,7 @@ scaling. Parameters keep the names they have inside the VAE's encoder, so a chec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
@@ -17,6 +17,7 @@ from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from faithdiff.bands import encode_banded
 from faithdiff.errors import InputError
 
 _EPS = 1e-6
@@ -144,3 +145,67 @@ class LQEncoder(ModelMixin, ConfigMixin):
                 f"LQEncoder: the picture is {shape[3]}x{shape[2]} px (width x height); "
                 f"both must be positive multiples of {step}: pad right and bottom by replicating the edge"
             )
+
+    @torch.no_grad()
+    def encode(
+        self,
+        lq: Tensor,
+        *,
+        tile_px: int = 1024,
+        tiling: Literal["exact", "released"] = "exact",
+        store_device: torch.device | str | None = None,
+    ) -> Tensor:
+        """`forward` without gradients, for pictures of any size: what does not fit `tile_px` is taken in parts.
+
+        "exact" walks the layers in bands of about tile_px x tile_px pixels and equals `forward` up to float rounding;
+        the feature maps lie on `store_device` meanwhile (default: where `lq` is), the result too. "released" encodes
+        overlapping tiles on their own and blends them as the released code does, seams included; like it, it tiles
+        what is larger than tile_px / 8 (specification 2.6 and 2.10, 6).
+
+        Raises:
+            InputError: the shape is wrong (see `forward`), or the tiling is unknown or has a size it cannot use.
+        """
+        self.check_shape(lq)
+        longest = max(lq.shape[2:])
+        if tiling == "released":
+            return self._encode_tiles(lq, tile_px) if longest > tile_px // self.downscale else self(lq)
+        if tiling != "exact" or tile_px < 1:
+            raise InputError(
+                f"LQEncoder.encode: tiling={tiling!r}, tile_px={tile_px}; "
+                'tiling must be "exact" or "released", and tile_px positive'
+            )
+        if longest <= tile_px:
+            return self(lq)
+        band_px = max(self.downscale, tile_px**2 // lq.shape[3])
+        return encode_banded(self, lq, band_px=band_px, store_device=store_device)
+
+    def _encode_tiles(self, lq: Tensor, tile_px: int) -> Tensor:
+        """Tiles of tile_px at 3/4 of their size apart; the first quarter of each is blended with the one before."""
+        if tile_px < 1 or tile_px % (4 * self.downscale):
+            raise InputError(
+                f"LQEncoder.encode: tile_px={tile_px} with tiling='released'; "
+                f"it must be a positive multiple of {4 * self.downscale}, so that tiles lie on the feature grid"
+            )
+        stride_px, blend = tile_px * 3 // 4, tile_px // self.downscale // 4
+        done: list[list[Tensor]] = []
+        for y in range(0, lq.shape[2], stride_px):
+            row: list[Tensor] = []
+            for x in range(0, lq.shape[3], stride_px):
+                tile = self(lq[:, :, y : y + tile_px, x : x + tile_px])
+                if y:
+                    tile = _ramp(done[-1][len(row)], tile, blend, dim=2)
+                if x:
+                    tile = _ramp(row[-1], tile, blend, dim=3)
+                row.append(tile)
+            done.append(row)
+        return torch.cat([torch.cat([t[:, :, : 3 * blend, : 3 * blend] for t in row], dim=3) for row in done], dim=2)
+
+
+def _ramp(before: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:
+    """`tile` whose first `extent` cells along `dim` fade in over the last ones of `before`."""
+    extent = min(extent, before.shape[dim], tile.shape[dim])
+    weight = torch.arange(extent, device=tile.device, dtype=tile.dtype) / extent
+    weight = weight.view(-1, 1) if dim == 2 else weight
+    tail = before.narrow(dim, before.shape[dim] - extent, extent)
+    head, rest = tile.split([extent, tile.shape[dim] - extent], dim=dim)
+    return torch.cat([tail * (1 - weight) + head * weight, rest], dim=dim)

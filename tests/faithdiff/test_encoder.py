@@ -144,3 +144,86 @@ def test_tensors_that_are_no_batch_of_rgb_are_refused(small, shape):
 def test_channels_that_the_norm_groups_do_not_divide_are_refused():
     with pytest.raises(InputError, match="norm_num_groups=32"):
         LQEncoder(block_out_channels=(24, 48))
+
+
+def test_pictures_that_fit_go_whole(small):
+    lq = picture(64, 48)
+    with torch.no_grad():
+        assert torch.equal(small.encode(lq, tile_px=64), small(lq))
+
+
+@pytest.mark.parametrize(("height", "width", "tile_px"), [(72, 40, 64), (40, 200, 32), (136, 136, 24), (16, 8, 8)])
+def test_exact_parts_equal_the_whole_picture(small, rel_error, height, width, tile_px):
+    lq = picture(height, width, batch=2)
+    with torch.no_grad():
+        assert rel_error(small.encode(lq, tile_px=tile_px), small(lq)) < 2e-5  # measured: 2e-6
+
+
+def test_exact_parts_equal_the_whole_picture_at_full_size(full_size, rel_error):
+    lq = picture(96, 64)
+    with torch.no_grad():
+        assert rel_error(full_size.encode(lq, tile_px=40), full_size(lq)) < TOLERANCE
+
+
+def released_tiles_slowly(encoder, lq, tile_px):
+    """Each output cell on its own: which tile owns it, and which earlier tiles it fades from (spec 2.6)."""
+    blend = tile_px // 8 // 4
+    keep = tile_px // 8 - blend
+    rows = range(0, lq.shape[2], tile_px * 3 // 4)
+    columns = range(0, lq.shape[3], tile_px * 3 // 4)
+    tiles = {(y, x): encoder(lq[:, :, y : y + tile_px, x : x + tile_px]) for y in rows for x in columns}
+    blended = {}
+    for y in rows:
+        for x in columns:
+            tile = tiles[y, x].clone()
+            above, left = blended.get((y - tile_px * 3 // 4, x)), blended.get((y, x - tile_px * 3 // 4))
+            if above is not None:
+                extent = min(blend, tile.shape[2], above.shape[2])
+                for i in range(extent):
+                    tile[:, :, i] = above[:, :, i - extent] * (1 - i / extent) + tile[:, :, i] * (i / extent)
+            if left is not None:
+                extent = min(blend, tile.shape[3], left.shape[3])
+                for i in range(extent):
+                    tile[..., i] = left[..., i - extent] * (1 - i / extent) + tile[..., i] * (i / extent)
+            blended[y, x] = tile
+    out = torch.full((1, encoder.out_channels, lq.shape[2] // 8, lq.shape[3] // 8), torch.nan)
+    for i in range(out.shape[2]):
+        for j in range(out.shape[3]):
+            y, x = i // keep * (tile_px * 3 // 4), j // keep * (tile_px * 3 // 4)
+            out[0, :, i, j] = blended[y, x][0, :, i % keep, j % keep]
+    return out
+
+
+@pytest.mark.parametrize(("height", "width", "tile_px"), [(96, 160, 64), (104, 56, 64), (200, 72, 96), (32, 40, 32)])
+def test_released_tiles_are_those_of_the_specification(small, rel_error, height, width, tile_px):
+    lq = picture(height, width)
+    with torch.no_grad():
+        expected = released_tiles_slowly(small, lq, tile_px)
+    actual = small.encode(lq, tile_px=tile_px, tiling="released")
+    assert rel_error(actual, expected) < 1e-6
+
+
+def test_released_tiles_have_the_size_of_the_picture_at_any_tile_size(small):
+    # The released code returned 112x112 features of a 768 px picture with 512 px tiles (specification 2.10, 7).
+    assert small.encode(picture(192, 192), tile_px=128, tiling="released").shape[2:] == (24, 24)
+
+
+def test_released_tiles_start_above_an_eighth_of_the_tile(small):
+    # The released code compares pixels with the size of a tile in latents (specification 2.10, 6).
+    with torch.no_grad():
+        whole = small(picture(128, 128))
+    assert torch.equal(small.encode(picture(128, 128), tile_px=1024, tiling="released"), whole)
+    assert not torch.allclose(small.encode(picture(128, 128), tile_px=128, tiling="released"), whole, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tiling": "none"}, '"exact" or "released"'),
+        ({"tile_px": 0}, "tile_px positive"),
+        ({"tiling": "released", "tile_px": 40}, "multiple of 32"),
+    ],
+)
+def test_settings_of_the_tiling_that_cannot_be_used_are_refused(small, settings, message):
+    with pytest.raises(InputError, match=message):
+        small.encode(picture(48, 48), **settings)

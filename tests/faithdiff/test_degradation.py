@@ -236,11 +236,12 @@ def test_the_trace_names_every_step_and_the_steps_alone_repeat_the_picture() -> 
     np.testing.assert_array_equal(apply_steps(hq, steps), lq)
 
 
-def test_simulated_jpeg_in_the_engine_gives_nearly_the_same_picture(golden: GoldenLoader) -> None:
-    hq = golden(TRACE)["hr_u8"].numpy()
+def test_simulated_jpeg_in_the_engine_gives_nearly_the_same_gray_picture() -> None:
+    # In colour they differ by how halved chroma is enlarged: repeated, or interpolated by libjpeg.
+    hq = photograph()[..., :1].repeat(3, axis=-1)
     steps = [s for s in draw_parameters(PASD, key="k", seed=3) if not isinstance(s, NoiseStep)]
     real, simulated = apply_steps(hq, steps), apply_steps(hq, steps, simulate_jpeg=True)
-    assert np.abs(real.astype(int) - simulated.astype(int)).mean() < 2
+    assert np.abs(real.astype(int) - simulated.astype(int)).mean() < 1
 
 
 @pytest.mark.parametrize("side_px", [4, 8, 20])

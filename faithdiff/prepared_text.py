@@ -46,7 +46,7 @@ class PreparedText:
         return PreparedText(layers, index)
 
 
-class PreparedTextAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
+class PreparedTextAttnProcessor(AttnProcessor2_0):
     """Cross-attention that takes its keys and values from a `PreparedText`; plain tensors go diffusers' own way."""
 
     def __init__(self, layer: int) -> None:

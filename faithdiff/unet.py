@@ -30,7 +30,7 @@ def _with_unet_parameters(init: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
-class FaithDiffUNet(UNet2DConditionModel):  # type: ignore[misc]
+class FaithDiffUNet(UNet2DConditionModel):
     """`UNet2DConditionModel` of any SDXL-shaped config, plus `alignment` between `conv_in` and the first block.
 
     `from_config(unet_config, lq_channels=512, alignment_attention="value" | "tokens")` and `from_pretrained` work as

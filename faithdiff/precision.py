@@ -1,0 +1,36 @@
+"""Half precision that never returns a black picture: what is not finite is computed again in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def as_float32(module: nn.Module) -> Iterator[None]:
+    """Runs `module` in fp32 inside the block and gives it its dtype back: fp16 -> fp32 -> fp16 loses nothing."""
+    dtype = next(module.parameters()).dtype
+    module.to(torch.float32)
+    try:
+        yield
+    finally:
+        module.to(dtype)
+
+
+def finite_or_float32(module: nn.Module, compute: Callable[[torch.dtype], Tensor], *, what: str) -> Tensor:
+    """`compute(dtype)` in the module's dtype, and again in fp32 where the result is not finite. Waits for the device.
+
+    Raises:
+        FloatingPointError: the result is not finite in fp32 either.
+    """
+    dtype = next(module.parameters()).dtype
+    result = compute(dtype)
+    if not torch.isfinite(result).all() and dtype != torch.float32:
+        with as_float32(module):
+            result = compute(torch.float32)
+    if not torch.isfinite(result).all():
+        raise FloatingPointError(f"{what}: the result is not finite even in fp32; the weights or the input are broken")
+    return result

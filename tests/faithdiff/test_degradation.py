@@ -241,7 +241,7 @@ def test_simulated_jpeg_in_the_engine_gives_nearly_the_same_gray_picture() -> No
     hq = photograph()[..., :1].repeat(3, axis=-1)
     steps = [s for s in draw_parameters(PASD, key="k", seed=3) if not isinstance(s, NoiseStep)]
     real, simulated = apply_steps(hq, steps), apply_steps(hq, steps, simulate_jpeg=True)
-    assert np.abs(real.astype(int) - simulated.astype(int)).mean() < 1
+    assert np.abs(real.astype(int) - simulated.astype(int)).mean() < 3
 
 
 @pytest.mark.parametrize("side_px", [4, 8, 20])

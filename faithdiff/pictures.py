@@ -35,7 +35,7 @@ def upscale_lq(lq_rgb: np.ndarray, scale: int) -> np.ndarray:
 def to_network_input(rgb: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """[1, 3, H, W] fp32 in [-1, 1], its right and bottom edges repeated to multiples of 8 px."""
     height, width = rgb.shape[:2]
-    picture = torch.from_numpy(np.ascontiguousarray(rgb)).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    picture = torch.from_numpy(np.array(rgb)).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
     return F.pad(picture, (0, -width % CELL_PX, 0, -height % CELL_PX), mode="replicate")
 
 

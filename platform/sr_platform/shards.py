@@ -1,0 +1,261 @@
+"""A prepared dataset: webdataset shards and the manifest that commits them.
+
+    URI/shards/<name>-000000.tar    <key>.hq.png  <key>.lq.png  <key>.json
+    URI/manifest.json               written last: what it names is complete
+    URI/quarantine.jsonl            what was left out, and why
+
+In : samples, (key, {"hq.png": bytes, ...})
+Out: shards that are byte-identical for identical samples; `SampleReader` reads any sample by range.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pydantic
+import webdataset as wds
+
+from sr_platform.config import StrictConfig
+from sr_platform.errors import InputDataError
+from sr_platform.storage import Storage, open_storage
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+QUARANTINE_NAME = "quarantine.jsonl"
+_BLOCK_BYTES = 512
+
+
+class ShardInfo(StrictConfig):
+    """One shard of a manifest."""
+
+    name: str
+    """Its file, relative to the dataset: shards/<name>-000000.tar."""
+    sha256: str
+    num_samples: int
+    size_bytes: int
+
+
+class Source(StrictConfig):
+    """Where pictures came from."""
+
+    name: str
+    uri: str
+    """Recorded for people; a copy of the same pictures elsewhere gives the same manifest digest."""
+    licence: str
+    num_pictures: int
+    sha256: str
+    """Over the names and contents of its pictures."""
+
+
+class Manifest(StrictConfig):
+    """What a prepared dataset holds and what it was made from."""
+
+    format_version: int
+    shards: list[ShardInfo]
+    recipe: dict[str, Any]
+    recipe_digest: str
+    sources: list[Source]
+    licences: list[str]
+    counts: dict[str, int]
+    """pictures, samples, and one entry per reason of quarantine."""
+    digest: str
+    """Over everything above except where the sources lay."""
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+
+def make_manifest(
+    *, shards: Sequence[ShardInfo], recipe: Mapping[str, Any], sources: Sequence[Source], counts: Mapping[str, int]
+) -> Manifest:
+    """The manifest of these shards, its digests computed."""
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        shards=list(shards),
+        recipe=dict(recipe),
+        recipe_digest=json_digest(recipe),
+        sources=list(sources),
+        licences=sorted({source.licence for source in sources if source.licence}),
+        counts=dict(sorted(counts.items())),
+        digest="",
+    )
+    return manifest.model_copy(update={"digest": manifest_digest(manifest)})
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """sha256 of the manifest's content: the same data gives the same digest wherever it lies."""
+    content = manifest.model_dump(mode="json", exclude={"digest": True, "sources": {"__all__": {"uri"}}})
+    return json_digest(content)
+
+
+def json_digest(value: Any) -> str:
+    """sha256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_manifest(uri: str, manifest: Manifest) -> None:
+    """Publishes the manifest; from then on the dataset exists."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+    open_storage(uri).write_bytes_atomic(MANIFEST_NAME, text.encode())
+
+
+def read_manifest(uri: str) -> Manifest:
+    """The manifest of the dataset at `uri`.
+
+    Raises:
+        InputDataError: there is none, it is damaged, or its format is another.
+    """
+    storage = open_storage(uri)
+    where = storage.path(MANIFEST_NAME)
+    if not storage.exists(MANIFEST_NAME):
+        raise InputDataError(
+            f"shards: {where} does not exist, so {uri} is not a finished dataset; "
+            f"run pipelines/prepare.py with --out {uri}"
+        )
+    try:
+        manifest = Manifest.model_validate_json(storage.read_bytes(MANIFEST_NAME))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InputDataError(
+            f"shards: {where} is damaged ({place}: {first['msg']}); prepare the dataset again"
+        ) from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise InputDataError(
+            f"shards: {where} has format {manifest.format_version}; this version reads {FORMAT_VERSION}; "
+            "prepare the dataset again"
+        )
+    if manifest.digest != manifest_digest(manifest):
+        raise InputDataError(f"shards: {where} was changed after it was written: its digest does not match its content")
+    return manifest
+
+
+def pack_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
+    """A webdataset tar of (key, members), byte-identical for the same samples in the same order."""
+    buffer = io.BytesIO()
+    # Without these the archive would name the user, the group and the time of writing.
+    writer = wds.TarWriter(buffer, encoder=False, mtime=0, user="root", group="root")
+    for key, members in samples:
+        if not key or "." in key:
+            raise ValueError(f"shards: key {key!r} must be non-empty and without dots; webdataset splits names there")
+        writer.write({"__key__": key, **dict(sorted(members.items()))})
+    writer.close()
+    return buffer.getvalue()
+
+
+class _Place(NamedTuple):
+    """Where one sample's members lie in its shard: suffix -> (start, end) in bytes."""
+
+    shard: int
+    members: dict[str, tuple[int, int]]
+
+
+class SampleReader:
+    """Random access to the samples of a finished dataset: `reader[i]` -> {"hq.png": ..., "lq.png": ..., "json": ...}.
+
+    Samples are ordered by shard, then as written. Tar headers are read once, when the reader is made; after that a
+    sample costs one range read. Picklable, and the copy does not scan again.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.manifest = read_manifest(uri)
+        self.storage = open_storage(uri)
+        self._places: list[_Place] = []
+        self._keys: list[str] = []
+        for index, shard in enumerate(self.manifest.shards):
+            self._add_shard(index, shard)
+
+    @property
+    def keys(self) -> list[str]:
+        """The key of every sample, in order."""
+        return self._keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> dict[str, bytes]:
+        """One sample's members by suffix. Raises IndexError, or StorageError when storage keeps failing."""
+        place = self._places[index]
+        start = min(begin for begin, _ in place.members.values())
+        end = max(stop for _, stop in place.members.values())
+        data = self.storage.read_range(self.manifest.shards[place.shard].name, start, end)
+        return {suffix: data[begin - start : stop - start] for suffix, (begin, stop) in place.members.items()}
+
+    def _add_shard(self, index: int, shard: ShardInfo) -> None:
+        where = self.storage.path(shard.name)
+        try:
+            samples = _scan(self.storage, shard.name)
+        except tarfile.TarError as error:
+            raise InputDataError(
+                f"shards: {where} is not a readable tar ({error}); prepare the dataset again"
+            ) from error
+        if len(samples) != shard.num_samples:
+            raise InputDataError(
+                f"shards: {where} holds {len(samples)} samples, its manifest says {shard.num_samples}; prepare it again"
+            )
+        self._keys.extend(samples)
+        self._places.extend(_Place(index, members) for members in samples.values())
+
+
+def verify_shard(storage: Storage, shard: ShardInfo) -> None:
+    """Raises InputDataError unless the shard has the bytes its manifest promises."""
+    data = storage.read_bytes(shard.name)
+    if len(data) != shard.size_bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
+        raise InputDataError(f"shards: {storage.path(shard.name)} differs from its manifest; prepare the dataset again")
+
+
+def _scan(storage: Storage, name: str) -> dict[str, dict[str, tuple[int, int]]]:
+    """key -> suffix -> (start, end) of every member of a tar."""
+    size_bytes = storage.size(name)
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    with tarfile.open(fileobj=_RangeFile(storage, name, size_bytes), mode="r:") as archive:
+        for member in archive:
+            end = member.offset_data + member.size
+            if end > size_bytes:
+                raise tarfile.ReadError(f"member {member.name} is cut off")
+            key, _, suffix = member.name.partition(".")
+            samples.setdefault(key, {})[suffix] = (member.offset_data, end)
+    return samples
+
+
+class _RangeFile(io.RawIOBase):
+    """A seekable file over range reads, for tarfile, which reads 512 bytes of header here and there."""
+
+    # One request brings the headers of several small members, and little is wasted before a large one.
+    _WINDOW_BYTES = 64 * 1024
+
+    def __init__(self, storage: Storage, name: str, size_bytes: int) -> None:
+        self._storage, self._name, self._size_bytes = storage, name, size_bytes
+        self._position = 0
+        self._window_start, self._window = 0, b""
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size_bytes if size < 0 else min(self._position + size, self._size_bytes)
+        if not (self._window_start <= self._position and end <= self._window_start + len(self._window)):
+            window_end = min(max(end, self._position + self._WINDOW_BYTES), self._size_bytes)
+            self._window = self._storage.read_range(self._name, self._position, window_end)
+            self._window_start = self._position
+        start = self._position - self._window_start
+        data = self._window[start : start + max(0, end - self._position)]
+        self._position += len(data)
+        return data

@@ -11,7 +11,6 @@ import difflib
 import io
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,13 +22,21 @@ import yaml
 
 from sr_platform.errors import ConfigError, RequestError
 
+# tyro's titles and pointers, in our words.
+_TYRO_WORDS = (
+    (r"For full helptext.*", ""),
+    (r"Argument helptext:.*", ""),
+    (r"^Required options Missing from .*?: (?=--)", "required, and missing: "),
+    (r"Unrecognized options( Unrecognized options)?:", "unrecognized options:"),
+    (r"^(Value error|Invalid choice|Parsing error) ", ""),
+)
 RECIPES_PATH = Path(__file__).resolve().parents[2] / "pipelines" / "recipes"
 
 
 class StrictConfig(pydantic.BaseModel):
     """Base of every configuration: frozen, and an unknown name is an error rather than ignored."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
@@ -46,11 +53,10 @@ def load_config(cls: type[ConfigT], argv: Sequence[str], *, job: str, descriptio
     """
     args = list(argv)
     recipe: dict[str, Any] = {}
-    where = f"{job}: flags"
     if args and not args[0].startswith("-"):
-        where = f"{job}: {args[0]}"
-        recipe = read_recipe(args.pop(0), job=job)
-        check_values(cls, recipe, where=where)
+        name = args.pop(0)
+        recipe = read_recipe(name, job=job)
+        check_values(cls, recipe, where=f"{job}: {name}")
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
@@ -66,7 +72,7 @@ def load_config(cls: type[ConfigT], argv: Sequence[str], *, job: str, descriptio
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(f"{where}: {_one_line(refusal.getvalue())}") from None
+        raise ConfigError(f"{job}: flags: {_refusal(cls, stop, refusal.getvalue(), args)}") from None
 
 
 def read_recipe(name: str, *, job: str) -> dict[str, Any]:
@@ -78,10 +84,10 @@ def read_recipe(name: str, *, job: str) -> dict[str, Any]:
         shipped = sorted(p.name for p in RECIPES_PATH.glob("*.yaml"))
         raise ConfigError(
             f"{job}: recipe {name!r} does not exist; "
-            f"give a path or one of {', '.join(shipped)}{_did_you_mean(name, shipped)}"
+            f"give a path or one of {', '.join(shipped) or '(none)'}{_did_you_mean(name, shipped)}"
         )
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{job}: recipe {name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -96,7 +102,7 @@ def check_values(cls: type[StrictConfig], values: dict[str, Any], *, where: str)
     try:
         cls.model_validate(values)
     except pydantic.ValidationError as error:
-        wrong = [e for e in error.errors() if e["type"] != "missing"]
+        wrong = [e for e in error.errors() if e["type"] != "missing" or not _has_flag(cls, e["loc"])]
         if wrong:
             raise ConfigError(f"{where}: {_join(cls, wrong)}") from error
 
@@ -127,12 +133,41 @@ def run_job(main: Callable[[Sequence[str]], None], *, user_errors: tuple[type[Va
         sys.exit(130)
 
 
-def _one_line(box: str) -> str:
-    """tyro's boxed refusal as one line, without the frame, pydantic's links and the pointer to --help."""
+def _refusal(cls: type[StrictConfig], stop: SystemExit, box: str, args: Sequence[str]) -> str:
+    """What tyro refused, in one line: pydantic's own words if a value was wrong, else the text of tyro's box."""
+    cause: BaseException | None = stop
+    while cause is not None and not isinstance(cause, pydantic.ValidationError):
+        cause = cause.__context__
+    if cause is not None:
+        return f"{_join(cls, cause.errors(), inside=_path_to(cls, cause.title))}; --help lists every flag"
     lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500") for line in box.splitlines()]
     text = " ".join(line for line in lines if line)
-    text = re.split(r"For full helptext|For further information", text)[0]
-    return re.sub(r"\s*\[type=.*?\]", "", text).strip() + "; --help lists every flag"
+    for pattern, plain in _TYRO_WORDS:
+        text = re.sub(pattern, plain, text)
+    recipe_last = any(arg.endswith((".yaml", ".yml")) for arg in args) and "unrecognized options" in text
+    return f"{text.strip()}{'; a recipe comes before the flags' if recipe_last else ''}; --help lists every flag"
+
+
+def _path_to(cls: type[pydantic.BaseModel], title: str) -> tuple[str, ...]:
+    """The path of the first field whose model is named `title`; empty for `cls` itself."""
+    for name, field in cls.model_fields.items():
+        for model in _models_in(field.annotation):
+            if model.__name__ == title:
+                return (name,)
+            if path := _path_to(model, title):
+                return (name, *path)
+    return ()
+
+
+def _has_flag(cls: type[StrictConfig], loc: Sequence[Any]) -> bool:
+    """Whether a flag can still give the field at `loc`: not inside a list, a tuple or an optional part."""
+    for part in loc[:-1]:
+        field = cls.model_fields.get(str(part))
+        nested = _nested_model(field.annotation) if field else None
+        if nested is None:
+            return False
+        cls = nested
+    return loc[-1] in cls.model_fields
 
 
 def _partial(cls: type[StrictConfig], values: dict[str, Any]) -> Any:
@@ -143,7 +178,8 @@ def _partial(cls: type[StrictConfig], values: dict[str, Any]) -> Any:
         if name in values and nested is not None and isinstance(values[name], dict):
             fields[name] = _partial(nested, values[name])
         elif name in values:
-            fields[name] = pydantic.TypeAdapter[Any](field.annotation).validate_python(values[name])
+            annotation: Any = field.annotation
+            fields[name] = pydantic.TypeAdapter(annotation).validate_python(values[name])
         elif field.is_required():
             fields[name] = _partial(nested, {}) if nested is not None else tyro.MISSING
         else:
@@ -155,39 +191,41 @@ def _nested_model(annotation: Any) -> type[StrictConfig] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, StrictConfig) else None
 
 
-def _join(cls: type[pydantic.BaseModel], errors: Sequence[Any]) -> str:
-    return "; ".join(_describe(cls, e) for e in errors)
+def _join(cls: type[pydantic.BaseModel], errors: Sequence[Any], inside: tuple[str, ...] = ()) -> str:
+    return "; ".join(_describe(cls, {**error, "loc": (*inside, *error["loc"])}) for error in errors)
 
 
 def _describe(cls: type[pydantic.BaseModel], error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"]) or "(whole)"
+    path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         allowed = _fields_at(cls, error["loc"][:-1])
         hint = _did_you_mean(str(error["loc"][-1]), allowed)
         return f"{path}: no such setting{hint or '; there are ' + ', '.join(allowed)}"
     if error["type"] == "missing":
         return f"{path}: required, and missing"
-    message = re.sub(r"^Value error, ", "", error["msg"])
+    if error["type"] == "value_error":  # a validator of ours, whose message says what came
+        return f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
+    message = error["msg"]
     return f"{path}: got {error['input']!r}; {message[0].lower()}{message[1:]}"
 
 
 def _fields_at(cls: type[pydantic.BaseModel], loc: Sequence[Any]) -> list[str]:
     for part in loc:
         field = cls.model_fields.get(str(part))
-        models = (
-            [a for a in _flatten(field.annotation) if isinstance(a, type) and issubclass(a, pydantic.BaseModel)]
-            if field
-            else []
-        )
+        models = _models_in(field.annotation) if field else []
         if models:
             cls = models[0]
     return list(cls.model_fields)
 
 
+def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    return [a for a in _flatten(annotation) if isinstance(a, type) and issubclass(a, pydantic.BaseModel)]
+
+
 def _flatten(annotation: Any) -> list[Any]:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [a for part in typing.get_args(annotation) for a in _flatten(part)]
-    return [annotation]
+    """The types inside unions, lists and the like: `list[Stage] | None` -> Stage, NoneType."""
+    arguments = typing.get_args(annotation)
+    return [a for part in arguments for a in _flatten(part)] if arguments else [annotation]
 
 
 def _did_you_mean(name: str, allowed: Sequence[str]) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from faithdiff.alignment import AlignmentAttention
 from faithdiff.encoder import LQEncoder
@@ -64,6 +67,23 @@ def find_folder(name_or_path: str | Path) -> Path:
     )
 
 
+def find_file(name_or_path: str | Path) -> Path:
+    """The local file of a path, or of `owner/repository/file` on the hub (downloaded, if there is a network).
+
+    A path that is neither comes back as it is, for its reader to refuse.
+
+    Raises:
+        InputError: the hub cannot give the file.
+    """
+    path = Path(name_or_path)
+    parts = str(name_or_path).split("/")
+    if path.is_file() or len(parts) != 3 or not all(parts):
+        return path
+    from huggingface_hub import hf_hub_download
+
+    return Path(_from_hub(str(name_or_path), lambda: hf_hub_download("/".join(parts[:2]), parts[2])))
+
+
 def load_components(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """All components of a folder written by `save_components`, models in eval mode. Works offline.
 
@@ -76,7 +96,8 @@ def load_components(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
             f"model: {folder} holds a {index.get('_class_name')}, not a {PIPELINE_CLASS}; "
             f"make one with FaithDiffPipeline.from_base"
         )
-    return {name: _load_component(folder, name, dtype) for name in COMPONENTS}
+    with _quiet_loading():
+        return {name: _load_component(folder, name, dtype) for name in COMPONENTS}
 
 
 def load_base_components(
@@ -134,6 +155,18 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bar of transformers per text encoder: a model loads in one piece or fails."""
+    was_enabled = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            enable_progress_bar()
+
+
 def _load_component(
     folder: Path, name: str, dtype: torch.dtype, *, cls: type[Any] | None = None, variant: str | None = None
 ) -> Any:
@@ -144,19 +177,47 @@ def _load_component(
         if name not in MODELS:
             return cls.from_pretrained(folder / name)
         options: dict[str, Any] = {"variant": variant} if variant else {}
-        key = "dtype" if name.startswith("text_encoder") else "torch_dtype"
-        return cls.from_pretrained(folder / name, **options, **{key: dtype}).eval()
+        options["dtype" if name.startswith("text_encoder") else "torch_dtype"] = dtype
+        model, info = cls.from_pretrained(
+            folder / name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"model: {folder / name} cannot be loaded: {' '.join(str(error).split())}") from error
+    _check_complete(folder / name, info)
+    return model.eval()
+
+
+def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+    """Refuses what both libraries only warn of: they would fill the gaps with random weights."""
+    # A buffer that older transformers saved and newer ones compute.
+    unexpected = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
+    info = {**info, "unexpected_keys": unexpected}
+    problems = [
+        f"{len(info[kind])} {kind.removesuffix('_keys')}: {', '.join(_tensor_name(key) for key in info[kind])}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[kind]
+    ]
+    if problems:
+        raise InputError(f"model: the weights in {folder} do not fit its config; {'; '.join(problems)}")
+
+
+def _tensor_name(key: Any) -> str:
+    """Mismatches come as (name, shape in the file, shape of the model)."""
+    return key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} instead of {tuple(key[2])}"
 
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    ignored = ["*.ckpt", "*.onnx", "*.msgpack", "*.png"]
+    return Path(_from_hub(hub_id, lambda: snapshot_download(hub_id, ignore_patterns=ignored)))
+
+
+def _from_hub(name: str, fetch: Callable[[], str]) -> str:
     try:
-        return Path(snapshot_download(hub_id, ignore_patterns=["*.ckpt", "*.onnx", "*.msgpack", "*.png"]))
+        return fetch()
     except Exception as error:
         raise InputError(
-            f"model: {hub_id!r} is neither a folder nor a preset ({', '.join(list_presets())}), "
+            f"model: {name!r} is neither here nor a preset ({', '.join(list_presets())}), "
             f"and could not be had from the hub: {type(error).__name__}"
         ) from error

@@ -148,8 +148,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if path.suffix == ".safetensors":
-        save_file(contiguous, partial)
-    else:
-        torch.save(contiguous, partial)
-    partial.replace(path)
+    try:
+        if path.suffix == ".safetensors":
+            save_file(contiguous, partial)
+        else:
+            torch.save(contiguous, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

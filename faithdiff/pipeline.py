@@ -29,6 +29,7 @@ from faithdiff.denoiser import DEFAULT_TILES_PER_BATCH, Canvas, advance, prepare
 from faithdiff.errors import Cancelled
 from faithdiff.latents import decode_latents, encode_latents, preview_image, start_latents, unit_noise
 from faithdiff.pictures import input_consistency_db, to_network_input, to_rgb_array, upscale_lq
+from faithdiff.precision import move
 from faithdiff.request import ColorFix, RestorationRequest, Size, StartFrom
 from faithdiff.schedule import EulerSchedule, alphas_cumprod
 from faithdiff.text import PromptEmbeds
@@ -128,7 +129,7 @@ class FaithDiffPipeline:
             variant=variant,
         )
         if released is not None:
-            load_released(components["unet"], components["lq_encoder"], released)
+            load_released(components["unet"], components["lq_encoder"], bundle.find_file(os.fspath(released)))
         return cls(**components, **settings).to(device)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -148,7 +149,7 @@ class FaithDiffPipeline:
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> FaithDiffPipeline:
         """Moves all models to `device`, and to `dtype` when given."""
         for name in bundle.MODELS:
-            getattr(self, name).to(device=device, dtype=dtype)
+            move(getattr(self, name), device=device, dtype=dtype)
         return self
 
     def __call__(

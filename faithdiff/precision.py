@@ -13,11 +13,16 @@ from torch import Tensor, nn
 def as_float32(module: nn.Module) -> Iterator[None]:
     """Runs `module` in fp32 inside the block and gives it its dtype back: fp16 -> fp32 -> fp16 loses nothing."""
     dtype = next(module.parameters()).dtype
-    module.to(torch.float32)
+    move(module, dtype=torch.float32)
     try:
         yield
     finally:
-        module.to(dtype)
+        move(module, dtype=dtype)
+
+
+def move(module: nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    """`module.to(...)` past diffusers' override, which warns at every conversion of a model."""
+    nn.Module.to(module, device=device, dtype=dtype)
 
 
 def finite_or_float32(module: nn.Module, compute: Callable[[torch.dtype], Tensor], *, what: str) -> Tensor:

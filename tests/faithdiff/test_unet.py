@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from faithdiff.unet import FaithDiffUNet
+
+
+def _added(case, rows):
+    return {"text_embeds": case["pooled"][rows], "time_ids": case["time_ids"][rows]}
+
+
+@torch.no_grad()
+def test_prediction_equals_the_released_network(golden, golden_models, rel_error):
+    case, unet = golden("case02b_unet"), golden_models[0]
+    one = slice(0, 1)
+    pred = unet(case["latent"][one], 501, case["text"][one], _added(case, one), case["lq_feat"][one]).sample
+    assert rel_error(pred, case["pred_single_0_t501"]) < 5e-5
+
+
+@torch.no_grad()
+def test_without_lq_features_it_is_the_plain_sdxl_unet(golden, golden_models, rel_error):
+    case, unet = golden("case02b_unet"), golden_models[0]
+    both = slice(None)
+    pred = unet(case["latent"], torch.tensor([501, 501]), case["text"], _added(case, both)).sample
+    assert rel_error(pred, case["pred_uncond_lq_t501"]) < 5e-5
+
+
+@torch.no_grad()
+def test_rows_at_different_timesteps_share_a_batch_without_meeting(golden, golden_models, rel_error):
+    case, unet = golden("case02b_unet"), golden_models[0]
+    both, timesteps = slice(None), torch.tensor([501, 999])
+    batch = unet(case["latent"], timesteps, case["text"], _added(case, both), case["lq_feat"]).sample
+    permuted = {name: case[name].flip(0) for name in ("latent", "text", "pooled", "time_ids", "lq_feat")}
+    flipped = unet(
+        permuted["latent"], timesteps.flip(0), permuted["text"], _added(permuted, both), permuted["lq_feat"]
+    ).sample
+    assert rel_error(batch[:1], case["pred_single_0_t501"]) < 5e-5
+    assert rel_error(flipped.flip(0), batch) < 2e-6
+
+
+@torch.no_grad()
+def test_prepared_text_and_embedded_features_change_nothing(golden, golden_models, rel_error):
+    case, unet = golden("case02b_unet"), golden_models[0]
+    added = _added(case, slice(None))
+    plain = unet(case["latent"], 251, case["text"], added, case["lq_feat"]).sample
+    features = unet.entrance(case["latent"], unet.alignment.embed(case["lq_feat"]))
+    prepared = unet.trunk(features, 251, unet.prepare_text(case["text"]), added)
+    assert rel_error(prepared, plain) < 2e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("height", "width"), [(15, 18), (9, 16), (1, 3)])
+def test_latents_of_odd_size_keep_their_size(height, width, golden, golden_models):
+    case, unet = golden("case02b_unet"), golden_models[0]
+    sample, lq_features = torch.randn(1, 4, height, width), torch.randn(1, 512, height, width)
+    one = slice(0, 1)
+    pred = unet(sample, 1, case["text"][one], _added(case, one), lq_features).sample
+    assert pred.shape == (1, 4, height, width)
+    assert torch.isfinite(pred).all()
+
+
+@torch.no_grad()
+def test_odd_sizes_agree_with_diffusers_own_forward(golden, golden_models, rel_error):
+    from diffusers import UNet2DConditionModel
+
+    case, unet = golden("case02b_unet"), golden_models[0]
+    plain = UNet2DConditionModel.from_config(case.about["unet_config"]).eval()
+    plain.load_state_dict({k: v for k, v in unet.state_dict().items() if not k.startswith("alignment.")})
+    sample, one = torch.randn(1, 4, 15, 18), slice(0, 1)
+    expected = plain(sample, 1, case["text"][one], added_cond_kwargs=_added(case, one)).sample
+    assert rel_error(unet(sample, 1, case["text"][one], _added(case, one)).sample, expected) < 2e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 5e-3), (torch.bfloat16, 3e-2)])
+def test_half_precision_stays_near_the_released_numbers(dtype, tolerance, golden, golden_models, rel_error):
+    case, one = golden("case02b_unet"), slice(0, 1)
+    unet = FaithDiffUNet.from_config(golden_models[0].config)
+    unet.load_state_dict(golden_models[0].state_dict())
+    unet = unet.to(dtype).eval()
+    added = {"text_embeds": case["pooled"][one].to(dtype), "time_ids": case["time_ids"][one]}
+    pred = unet(case["latent"][one].to(dtype), 501, case["text"][one].to(dtype), added, case["lq_feat"][one].to(dtype))
+    assert rel_error(pred.sample.float(), case["pred_single_0_t501"]) < tolerance
+
+
+def test_a_saved_unet_loads_with_its_alignment_mode(tmp_path, nano):
+    nano.unet.save_pretrained(tmp_path)
+    loaded = FaithDiffUNet.from_pretrained(tmp_path)
+    assert loaded.config.lq_channels == nano.unet.config.lq_channels
+    assert loaded.alignment.attention == nano.unet.alignment.attention == "value"
+    for name, tensor in nano.unet.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_tokens_mode_survives_saving(tmp_path, nano):
+    unet = FaithDiffUNet.from_config(nano.unet.config, alignment_attention="tokens")
+    unet.save_pretrained(tmp_path)
+    assert FaithDiffUNet.from_pretrained(tmp_path).alignment.attention == "tokens"

@@ -20,6 +20,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,28 @@ import torch
 from safetensors.torch import load_file
 
 GOLDEN_PATH = Path(__file__).parent / "golden"
+GOLDEN_SOURCES: dict[int, tuple[str, str]] = {}
+GOLDEN_ERRORS: dict[tuple[str, str], tuple[float, float]] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden-report", metavar="FILE", help="write the errors against the golden tensors as a table")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--golden-report")
+    if path is None:
+        return
+    lines = [
+        "| golden case | worst tensor | largest absolute error | relative to the largest value |",
+        "|---|---|---|---|",
+    ]
+    for case in sorted({case for case, _ in GOLDEN_ERRORS}):
+        errors = {name: error for (of_case, name), error in GOLDEN_ERRORS.items() if of_case == case}
+        worst = max(errors, key=lambda name: errors[name][1])
+        largest_absolute = max(absolute for absolute, _ in errors.values())
+        lines.append(f"| {case} | {worst} | {largest_absolute:.1e} | {errors[worst][1]:.1e} |")
+    Path(path).write_text("\n".join(lines) + "\n")
 
 
 class Golden(dict[str, torch.Tensor]):
@@ -37,13 +60,14 @@ class Golden(dict[str, torch.Tensor]):
     def __init__(self, case: str) -> None:
         tensors_path = GOLDEN_PATH / f"{case}.safetensors"
         super().__init__(load_file(tensors_path) if tensors_path.exists() else {})
+        GOLDEN_SOURCES.update({tensor.data_ptr(): (case, name) for name, tensor in self.items()})
         self.about: dict[str, Any] = json.loads((GOLDEN_PATH / f"{case}.json").read_text())
 
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Golden]:
-    """`golden("case01_lq_encoder")["feat_64x64"]`; `.about` is its json."""
-    return Golden
+    """`golden("case01_lq_encoder")["feat_64x64"]`; `.about` is its json. Cases stay loaded for the session."""
+    return lru_cache(Golden)
 
 
 def recipe_tensor(key: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -79,7 +103,12 @@ def fill_recipe() -> Callable[[torch.nn.Module, str], torch.nn.Module]:
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """max |actual - expected| / max |expected|, the measure of the golden tolerances."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} against {tuple(expected.shape)}"
-    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+    absolute = (actual.double() - expected.double()).abs().max().item()
+    relative = absolute / expected.double().abs().max().item()
+    source = GOLDEN_SOURCES.get(expected.data_ptr())
+    if source is not None and expected.dtype == actual.dtype == torch.float32:
+        GOLDEN_ERRORS[source] = max(GOLDEN_ERRORS.get(source, (0.0, 0.0)), (absolute, relative))
+    return relative
 
 
 @pytest.fixture(scope="session")

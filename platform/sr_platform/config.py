@@ -135,28 +135,21 @@ def run_job(main: Callable[[Sequence[str]], None], *, user_errors: tuple[type[Va
 
 def _refusal(cls: type[StrictConfig], stop: SystemExit, box: str, args: Sequence[str]) -> str:
     """What tyro refused, in one line: pydantic's own words if a value was wrong, else the text of tyro's box."""
+    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500") for line in box.splitlines()]
+    text = " ".join(line for line in lines if line)
     cause: BaseException | None = stop
     while cause is not None and not isinstance(cause, pydantic.ValidationError):
         cause = cause.__context__
     if cause is not None:
-        return f"{_join(cls, cause.errors(), inside=_path_to(cls, cause.title))}; --help lists every flag"
-    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500") for line in box.splitlines()]
-    text = " ".join(line for line in lines if line)
+        # tyro names the part that it could not build: "align", "align.crop", or the class of the whole.
+        part = re.search(r"Error parsing ([\w.-]+):", text)
+        path = tuple(part[1].replace("-", "_").split(".")) if part else ()
+        inside = path if path and path[0] in cls.model_fields else ()
+        return f"{_join(cls, cause.errors(), inside=inside)}; --help lists every flag"
     for pattern, plain in _TYRO_WORDS:
         text = re.sub(pattern, plain, text)
     recipe_last = any(arg.endswith((".yaml", ".yml")) for arg in args) and "unrecognized options" in text
     return f"{text.strip()}{'; a recipe comes before the flags' if recipe_last else ''}; --help lists every flag"
-
-
-def _path_to(cls: type[pydantic.BaseModel], title: str) -> tuple[str, ...]:
-    """The path of the first field whose model is named `title`; empty for `cls` itself."""
-    for name, field in cls.model_fields.items():
-        for model in _models_in(field.annotation):
-            if model.__name__ == title:
-                return (name,)
-            if path := _path_to(model, title):
-                return (name, *path)
-    return ()
 
 
 def _has_flag(cls: type[StrictConfig], loc: Sequence[Any]) -> bool:

@@ -164,6 +164,19 @@ def test_a_flag_that_cannot_be_used_is_named_with_its_value(recipe, flags, said)
     assert "--help lists every flag" in message
 
 
+class Outer(StrictConfig):
+    first: CropConfig
+    second_part: JobConfig
+
+
+def test_of_two_parts_of_the_same_kind_the_one_with_the_mistake_is_named():
+    given = ["--first.size-px", "1", "--second-part.out", "a"]
+    with pytest.raises(ConfigError, match=r"second_part\.crop\.size_px: got 0"):
+        load_config(Outer, [*given, "--second-part.crop.size-px", "0"], job="train")
+    with pytest.raises(ConfigError, match=r"second_part: crop\.size_px=513 is larger than 512"):
+        load_config(Outer, [*given, "--second-part.crop.size-px", "513"], job="train")
+
+
 def test_what_is_required_and_missing_is_named():
     message = refusal("--steps", "3")
     assert "required, and missing" in message

@@ -36,7 +36,13 @@ RECIPES_PATH = Path(__file__).resolve().parents[2] / "pipelines" / "recipes"
 class StrictConfig(pydantic.BaseModel):
     """Base of every configuration: frozen, and an unknown name is an error rather than ignored."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        regex_engine="python-re",  # pydantic's own engine has no look-around
+    )
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)

@@ -312,3 +312,12 @@ def test_help_shows_every_field_with_type_default_and_meaning(run):
     assert shown.returncode == 0
     for part in ("python pipelines/count.py [recipe.yaml]", "Counts.", "--steps INT", "Number of steps.", "default: 1"):
         assert part in shown.stdout
+
+
+def test_patterns_may_look_ahead():
+    class Named(StrictConfig):
+        alias: str = pydantic.Field(pattern=r"^(?!latest$)[a-z]+$")
+
+    assert validate(Named, {"alias": "candidate"}, where="here").alias == "candidate"
+    with pytest.raises(ConfigError, match="alias: got 'latest'"):
+        validate(Named, {"alias": "latest"}, where="here")

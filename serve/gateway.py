@@ -112,7 +112,7 @@ class Gateway:
             async with asyncio.timeout(self._cfg.ready_timeout_s):
                 return await self._restorer.describe()
         except (TimeoutError, Busy, Unavailable) as error:
-            detail = f"restorer: no replica answers ({error or 'too slow'})"
+            detail = f"restorer: no replica answers ({str(error) or 'too slow'})"
             raise Problem(503, "not-ready", detail, retry_after_s=_RETRY_AFTER_S) from error
 
 

@@ -45,7 +45,7 @@ def decode_picture(data: bytes, limits: PictureLimits) -> np.ndarray:
         picture.load()
         upright = ImageOps.exif_transpose(picture)
         return np.array(_to_rgb(upright))
-    except Problem:
+    except (Problem, MemoryError):
         raise
     except Exception as error:
         # Decoders raise anything at all on damaged or hostile files.

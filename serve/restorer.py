@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -40,6 +41,8 @@ class RestorerConfig(StrictConfig):
     """Side of the tiles in which large pictures are restored."""
     max_waiting: NonNegativeInt = 8
     """Pictures that may wait in a replica behind the one that runs; more are refused with 503."""
+    cache_path: Path | None = None
+    """Where registered models are downloaded to; by default a folder under ~/.cache."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def load_model(model: str, cfg: RestorerConfig) -> tuple[FaithDiffPipeline, Mode
     from sr_platform.tracking import resolve_model
 
     start_s = time.perf_counter()
-    source = resolve_model(model)
+    source = resolve_model(model, cfg.cache_path)
     fetched_s = time.perf_counter()
     device = "cuda" if cfg.num_gpus > 0 else "cpu"
     pipeline = FaithDiffPipeline.from_pretrained(

@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import faithdiff
 from faithdiff import FaithDiffPipeline
 from faithdiff.errors import InputError
 from serve.form import UpscaleRequest
 from serve.restorer import Busy, Restorer, RestorerConfig
 from sr_platform.errors import RequestError
+from sr_platform.tracking import MANIFEST_DIGEST_TAG, Tracking, tracking_uri
+
+PRESET_PATH = Path(faithdiff.__file__).parent / "presets" / "nano"
 
 QUICK = UpscaleRequest(scale=2, num_inference_steps=2, seed=5)
 ENDLESS = UpscaleRequest(scale=2, num_inference_steps=200)
@@ -75,6 +80,20 @@ async def test_more_requests_than_may_wait_are_refused_and_the_others_finish(
 async def test_what_the_pipeline_refuses_is_passed_on(restorer: Restorer) -> None:
     with pytest.raises(InputError, match="picture"):
         await restorer.restore(np.zeros((4, 4), np.uint8), QUICK)
+
+
+async def test_a_registered_model_brings_its_version_and_the_digest_of_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: np.ndarray
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(tmp_path))
+    tracking = Tracking.open(default_path=tmp_path, experiment="test")
+    run_id = tracking.start("train", params={}, tags={})
+    tags = {MANIFEST_DIGEST_TAG: "sha256:abc"}
+    tracking.register_folder(PRESET_PATH, name="faithdiff-nano", alias="champion", run_id=run_id, tags=tags)
+    restorer = Restorer("models:/faithdiff-nano@champion", RestorerConfig(cache_path=tmp_path / "cache"))
+    restored = await restorer.restore(picture, QUICK)
+    assert restored.model.version == restored.report["model_version"] == "faithdiff-nano/1"
+    assert restored.model.manifest_digest == "sha256:abc"
 
 
 @pytest.mark.parametrize("model", ["nanoo", "/no/such/folder", "models:/x"])

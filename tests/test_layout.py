@@ -37,6 +37,13 @@ KNOWS_RELEASED_NAMES = "faithdiff/checkpoint.py"
 # Modules that need no test file of their own, and why.
 TESTED_ELSEWHERE: dict[str, str] = {
     "platform/sr_platform/observability.py": "one call that configures logging; the jobs' tests run through it",
+    # The parts that FaithDiffPipeline is put together from are promises of the pipeline:
+    "faithdiff/compat.py": "test_pipeline.py: released numbers, unknown switches",
+    "faithdiff/conditioning.py": "test_pipeline.py, test_denoiser.py: whole runs, pictures that share a batch",
+    "faithdiff/latents.py": "test_pipeline.py: start points, pictures in parts",
+    "faithdiff/pictures.py": "test_pipeline.py: any mode, any size, what is not a picture",
+    "faithdiff/prepared_text.py": "test_unet.py: prepared text changes nothing",
+    "faithdiff/request.py": "test_pipeline.py: every setting out of range",
 }
 
 

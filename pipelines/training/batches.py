@@ -39,8 +39,10 @@ _ORDER_STREAM, _ITEM_STREAM = 2, 3
 
 
 class Samples(Protocol):
-    """What is read: `sr_platform.shards.SampleReader`, or a list of the same dictionaries in tests."""
+    """What is read: `sr_platform.shards.SampleReader`."""
 
+    @property
+    def keys(self) -> Sequence[str]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, bytes]: ...
 

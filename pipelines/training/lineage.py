@@ -1,0 +1,47 @@
+"""What one needs to walk back from a model: the data, the recipe, the code and the model that it came from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+from sr_platform.cluster import REPOSITORY_PATH
+from sr_platform.tracking import MANIFEST_DIGEST_TAG
+
+
+def lineage_tags(*, manifest: Any, data_uri: str, recipe_digest: str, base_model: str) -> dict[str, str]:
+    """Tags of the runs and of the registered version."""
+    tags = {
+        MANIFEST_DIGEST_TAG: manifest.digest,
+        "data_uri": data_uri,
+        "data_licences": _as_text(manifest.licences),
+        "recipe_digest": recipe_digest,
+        "base_model": base_model,
+    }
+    commit = git_commit()
+    return tags | ({"git_commit": commit} if commit else {})
+
+
+def git_commit() -> str | None:
+    """The commit of the source, with "-dirty" where tracked files differ; None outside a git checkout."""
+    git = shutil.which("git")
+    if git is None or not (REPOSITORY_PATH / ".git").exists():
+        return None
+
+    def ask(*arguments: str) -> str:
+        command = [git, "-C", str(REPOSITORY_PATH), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()  # noqa: S603
+
+    try:
+        changes = ask("status", "--porcelain", "--untracked-files=no")
+        return ask("rev-parse", "HEAD") + ("-dirty" if changes else "")
+    except subprocess.CalledProcessError:
+        # No commit yet, or a checkout that belongs to another user.
+        return None
+
+
+def _as_text(licences: Any) -> str:
+    return json.dumps(licences, sort_keys=True) if isinstance(licences, Mapping | list | tuple) else str(licences)

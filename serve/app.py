@@ -21,6 +21,7 @@ from serve.gateway import Gateway, GatewayConfig, Unavailable, build_api
 from serve.restorer import ModelInfo, RestoredPicture, Restorer, RestorerConfig
 from sr_platform import cluster  # noqa: F401 - before ray: it sets the variables that Ray reads at import
 from sr_platform.config import StrictConfig, validate
+from sr_platform.errors import ConfigError
 
 from ray import serve  # isort: skip
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError  # isort: skip
@@ -82,8 +83,7 @@ def build_app(cfg: ServeConfig | Mapping[str, Any]) -> Application:
     Raises:
         ConfigError: an unknown name or a wrong value in `cfg`; every problem is named at once.
     """
-    # Ray hands over the plain mapping of app.yaml: our own refusal says what was meant, pydantic's does not.
-    settings = cfg if isinstance(cfg, ServeConfig) else validate(ServeConfig, dict(cfg), where="serve: args")
+    settings = cfg if isinstance(cfg, ServeConfig) else _validated(cfg)
     restorer = serve.deployment(
         name="Restorer",
         num_replicas=settings.restorer.num_replicas,
@@ -102,6 +102,15 @@ def build_app(cfg: ServeConfig | Mapping[str, Any]) -> Application:
     bound = restorer.bind(model, settings.restorer.model_dump(mode="json"))
     application: Application = gateway.bind(settings.gateway.model_dump(mode="json"), bound)
     return application
+
+
+def _validated(args: Mapping[str, Any]) -> ServeConfig:
+    # Ray would validate for us if build_app took only a model, but pydantic's refusal does not say what was meant.
+    try:
+        return validate(ServeConfig, dict(args), where="serve: args")
+    except ConfigError as error:
+        # Without the chain, the one line that matters is the last of DEPLOY_FAILED's message.
+        raise ConfigError(str(error)) from None
 
 
 async def _result(response: Any) -> Any:

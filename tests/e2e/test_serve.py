@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -123,3 +124,30 @@ def test_a_restoration_nobody_waits_for_any_more_frees_the_replica(service: http
         service.post("/v1/upscale", files=files, data={"num_inference_steps": "200", "scale": "8"}, timeout=2)
     response = service.post("/v1/upscale", files=files, data={"num_inference_steps": "1", "scale": "1"}, timeout=10)
     assert response.status_code == 200
+
+
+def test_when_a_replica_dies_its_request_gets_503_and_the_next_one_a_picture(
+    service: httpx.Client, picture: np.ndarray
+) -> None:
+    files = {"picture": _png(np.tile(picture, (4, 3, 1)))}
+    with ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(service.post, "/v1/upscale", files=files, data={"num_inference_steps": "200"})
+        time.sleep(1.5)
+        _kill_restorers()
+        problem = _problem(lost.result(), 503)
+    assert "may be sent again" in problem["detail"]
+    give_up_s = time.monotonic() + 60
+    while service.get("/readyz").status_code != 200:
+        assert time.monotonic() < give_up_s, "no new replica within 60 s"
+        time.sleep(0.5)
+    response = service.post("/v1/upscale", files=files, data={"num_inference_steps": "1", "scale": "1"})
+    assert response.status_code == 200
+
+
+def _kill_restorers() -> None:
+    import ray
+
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    replicas = [name for name in names if "faithdiff#Restorer#" in name]
+    assert len(replicas) == 1, names
+    ray.kill(ray.get_actor(replicas[0], namespace="serve"))

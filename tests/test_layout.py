@@ -237,15 +237,25 @@ def test_every_room_explains_itself_under_the_same_headings(room):
     assert headings == ["Purpose", "Files", "Run", "Rules"]
 
 
+def files_in_readme(room: str) -> dict[str, list[Path]]:
+    """First column of the table under "Files": each `name` or pattern, relative to the room, with what it matches."""
+    table = (ROOT / room / "README.md").read_text().split("## Files")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]+) \|", table, flags=re.MULTILINE)
+    return {name: list((ROOT / room).glob(name)) for row in rows for name in re.findall("`(.+?)`", row)}
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_readmes_of_rooms_name_only_files_that_exist(room):
-    """First column of the table under "Files": `name` relative to the room."""
-    files = (ROOT / room / "README.md").read_text().split("## Files")[1].split("\n## ")[0]
-    named = [
-        name for row in re.findall(r"^\| (`[^|]+) \|", files, flags=re.MULTILINE) for name in re.findall("`(.+?)`", row)
-    ]
+    named = files_in_readme(room)
     assert named, "a table with one row per file"
-    assert [name for name in named if not list((ROOT / room).glob(name))] == []
+    assert [name for name, found in named.items() if not found] == []
+
+
+@pytest.mark.parametrize("room", ["platform", "faithdiff", "pipelines", "serve", "benchmarks"])
+def test_readmes_of_rooms_leave_no_module_out(room):
+    named = {path for found in files_in_readme(room).values() for path in found}
+    modules = [p for p in files_of(ROOT / room) if p.suffix == ".py" and p.name != "__init__.py"]
+    assert [name_of(p) for p in modules if p not in named] == [], f"add a row to {room}/README.md"
 
 
 def test_design_records_are_numbered_without_gaps_and_say_the_same_three_things():

@@ -4,8 +4,8 @@
 
 Photographs come from the wheels of scikit-image and scikit-learn; nothing is downloaded. One of them is held out,
 degraded, and restored through the HTTP endpoint by the model that was just trained and registered. The nano model is
-tiny and its weights are untrained: the demo shows that the road holds, not what FaithDiff can restore. Running it again goes on
-where it stopped.
+tiny and its weights are untrained: the demo shows that the road holds, not what FaithDiff can restore. Running it
+again goes on where it stopped.
 
 Out: `photographs/ shards/ train/` (with the MLflow database), `lq.png restored.png hq.png` and `side_by_side.png`.
 """
@@ -224,8 +224,8 @@ def summary(places: Places, result: TrainResult, seconds: float) -> str:
         f"    {_command('serve')} run serve.app:build_app model={result.model_uri}",
         "  curl -F picture=@photo.jpg -F scale=4 http://127.0.0.1:8000/v1/upscale -o restored.png",
         "",
-        "The nano weights are untrained but for these few updates, so the picture is noise in the colours of the input:",
-        "this shows that the road holds, not what FaithDiff can restore.",
+        "The nano weights are untrained but for these few updates, so the picture is noise in the colours of the",
+        "input: this shows that the road holds, not what FaithDiff can restore.",
     ]
     return "\n".join(lines)
 

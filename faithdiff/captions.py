@@ -16,7 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -72,6 +74,19 @@ def clean_caption(text: str, *, compat: Literal["fixed", "released"] = "fixed") 
     return kept + "."
 
 
+def check_llava(name_or_path: str | Path) -> None:
+    """Reads the configuration only. Raises InputError unless it is a LLaVA model's."""
+    try:
+        kind = AutoConfig.from_pretrained(name_or_path).model_type
+    except (OSError, ValueError) as error:
+        kind = " ".join(str(error).split())[:200]
+    if kind != LlavaConfig.model_type:
+        raise InputError(
+            f"captions: {str(name_or_path)!r} holds no LLaVA model ({kind}); "
+            "give a folder written by save_pretrained or a model id"
+        )
+
+
 class LlavaCaptioner:
     """Describes pictures with a LLaVA model; each text depends on its picture, key and seed, not on its batch."""
 
@@ -96,14 +111,9 @@ class LlavaCaptioner:
         Raises:
             InputError: no LLaVA model lies there.
         """
-        try:
-            processor = AutoProcessor.from_pretrained(name_or_path)
-            model = LlavaForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"captions: {str(name_or_path)!r} holds no LLaVA model ({' '.join(str(error).split())[:200]}); "
-                "give a folder written by save_pretrained or a model id"
-            ) from error
+        check_llava(name_or_path)
+        processor = AutoProcessor.from_pretrained(name_or_path)
+        model = LlavaForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype)
         return cls(model.to(device), processor, sampling=sampling)
 
     @torch.inference_mode()
@@ -119,7 +129,11 @@ class LlavaCaptioner:
             raise InputError(f"captions: {len(pictures)} pictures came with {len(keys)} keys; give one key per picture")
         if not pictures:
             return []
-        inputs = self.processor(images=list(pictures), text=[PROMPT] * len(pictures), return_tensors="pt")
+        inputs = self.processor(
+            images=[Image.fromarray(picture) for picture in pictures],
+            text=[PROMPT] * len(pictures),
+            return_tensors="pt",
+        )
         inputs = inputs.to(self.model.device, self.model.dtype)
         tokens = self.model.generate(
             **inputs,

@@ -42,7 +42,7 @@ from sr_platform.storage import Storage, open_storage
 import ray.data
 from ray.exceptions import RayTaskError
 
-from pipelines.stages.caption import CaptionConfig, caption_stage
+from pipelines.stages.caption import CaptionConfig, caption_stage, check_captioner
 from pipelines.stages.crop import CropConfig, crop_stage
 from pipelines.stages.degrade import DegradeConfig, degrade_stage
 from pipelines.stages.filter import FilterConfig, filter_stage
@@ -121,6 +121,7 @@ def prepare(cfg: PrepareConfig) -> Manifest:
     """
     out = open_storage(cfg.out)
     plan = Plan(cfg.recipe(), find_pictures(open_storage(cfg.input)), cfg.pictures_per_shard)
+    check_captioner(cfg.caption)
     begun = _begun(out, plan)
     if begun and (done := _finished(out)):
         print(f"prepare: {out.uri} is finished, with this recipe and these pictures; nothing to do")
@@ -144,8 +145,9 @@ def prepare(cfg: PrepareConfig) -> Manifest:
 
 def dataset(cfg: PrepareConfig, plan: Plan) -> ray.data.Dataset:
     """The whole pipeline as one lazy Ray Dataset: a row and a block per shard in, a row per shard out."""
-    input_uri, workers = open_storage(cfg.input).uri, cfg.workers
+    input_uri = open_storage(cfg.input).uri
     rows = [plan_row(index, pictures) for index, pictures in enumerate(plan.shards())]
+    workers = cfg.workers.for_shards(len(rows))
     about = {"recipe": cfg.degrade.recipe, "recipe_digest": json_digest(plan.recipe), "seed": cfg.seed}
     ds = ray.data.from_items(rows, override_num_blocks=len(rows))
     ds = ingest_stage(ds, input_uri, workers)

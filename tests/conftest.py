@@ -16,8 +16,11 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
+import hashlib
+import io
 import json
 import math
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -27,6 +30,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 GOLDEN_PATH = Path(__file__).parent / "golden"
@@ -123,3 +127,56 @@ def local_ray() -> Iterator[None]:
 
     with cluster.connected(num_cpus=6, local=True):
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The URL of a real S3 server on loopback that lives as long as the session."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_uri(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """s3://bucket of a fresh bucket, with the environment that s3fs reads."""
+    import boto3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture(scope="session")
+def prepared_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of a finished dataset: two shards of 6 samples, hq 64 x 72 px of smooth noise, with captions."""
+    from sr_platform.shards import ShardInfo, make_manifest, pack_shard, write_manifest
+    from sr_platform.storage import open_storage
+
+    def png(picture: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    uri, rng, shards = str(tmp_path_factory.mktemp("prepared")), np.random.default_rng(0), []
+    for shard in range(2):
+        samples = []
+        for i in range(6):
+            coarse = Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8))
+            hq, lq = coarse.resize((72, 64), Image.Resampling.BICUBIC), coarse.resize((18, 16))
+            about = json.dumps({"caption": f"picture {i} of shard {shard}"}).encode()
+            samples.append((f"s{shard}-{i}", {"hq.png": png(hq), "lq.png": png(lq), "json": about}))
+        data, name = pack_shard(samples), f"shards/train-{shard:06d}.tar"
+        open_storage(uri).write_bytes_atomic(name, data)
+        digest = hashlib.sha256(data).hexdigest()
+        shards.append(ShardInfo(name=name, sha256=digest, num_samples=len(samples), size_bytes=len(data)))
+    write_manifest(uri, make_manifest(shards=shards, recipe={"name": "tiny"}, sources=[], counts={"samples": 12}))
+    return uri

@@ -43,6 +43,14 @@ class CaptionConfig(StrictConfig):
         return self
 
 
+def check_captioner(cfg: CaptionConfig) -> None:
+    """Raises InputError when the model is none, before any work is begun."""
+    if cfg.mode == "llava":
+        from faithdiff.captions import check_llava
+
+        check_llava(cfg.model)
+
+
 class TextCaption:
     """Takes the caption from beside the picture, else says what the file name says, and nothing it does not know."""
 

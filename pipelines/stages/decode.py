@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -37,6 +37,9 @@ def decode_picture(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
                 return np.ascontiguousarray(_rgb(ImageOps.exif_transpose(image)))
         except UnreadablePictureError:
             raise
+        except UnidentifiedImageError as error:
+            # Pillow's own message holds an address in memory, which differs from run to run.
+            raise UnreadablePictureError("not a picture of a known format") from error
         except (*_DAMAGED, Image.DecompressionBombError) as error:
             raise UnreadablePictureError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 

@@ -94,6 +94,11 @@ class WorkersConfig(StrictConfig):
     caption_batch_size: pydantic.PositiveInt = 8
     """Pictures per call of the captioning model."""
 
+    def for_shards(self, num_shards: int) -> WorkersConfig:
+        """With no more actors than there are shards to work on."""
+        degrade, caption = min(self.degrade_actors, num_shards), min(self.caption_actors, num_shards)
+        return self.model_copy(update={"degrade_actors": degrade, "caption_actors": caption})
+
 
 TableStage = Callable[[pa.Table], pa.Table]
 

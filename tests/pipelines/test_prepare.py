@@ -1,0 +1,208 @@
+"""Preparing is deterministic, leaves nothing unaccounted, does nothing twice and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faithdiff.captions import build_tiny_llava
+from faithdiff.degradation import PASD, degrade
+from pipelines.prepare import PrepareConfig, main, prepare
+from sr_platform.cluster import REPOSITORY_PATH
+from sr_platform.config import read_recipe, validate
+from sr_platform.errors import ConfigError, InputDataError
+from sr_platform.shards import Manifest, SampleReader, read_manifest, verify_shard
+from sr_platform.storage import open_storage
+
+RECIPE: dict[str, Any] = {
+    "name": "test",
+    "pictures_per_shard": 2,
+    "filter": {"min_side_px": 64},
+    "crop": {"size_px": 32, "max_per_picture": 3},
+}
+
+
+def config(folder: Path | str, out: Path | str, **changes: Any) -> PrepareConfig:
+    return validate(PrepareConfig, {**RECIPE, "input": str(folder), "out": str(out), **changes}, where="test")
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.ray
+def test_shards_and_digest_do_not_depend_on_workers_and_nothing_is_lost(
+    picture_folder: Path, tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = prepare(config(picture_folder, tmp_path / "one", workers={"degrade_actors": 1}))
+    two = prepare(config(picture_folder, tmp_path / "two", workers={"degrade_actors": 3, "num_cpus": 0.25}))
+    assert one == two
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert_everything_is_accounted_for(tmp_path / "one", one)
+    assert "samples      15" in capsys.readouterr().out
+
+    again = prepare(config(picture_folder, tmp_path / "one", workers={"degrade_actors": 2}))
+    assert again == one
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"was made with other settings \(crop.max_per_picture, seed\)"):
+        prepare(config(picture_folder, tmp_path / "one", seed=1, crop={"size_px": 32, "max_per_picture": 2}))
+    (picture_folder / "small.png").unlink()
+    with pytest.raises(ConfigError, match="was made with other pictures"):
+        prepare(config(picture_folder, tmp_path / "one"))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def assert_everything_is_accounted_for(out: Path, manifest: Manifest) -> None:
+    rejected = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    reasons = {line["source"]: line["reason"] for line in rejected}
+    assert reasons == {
+        "flat.png": "too flat",
+        "small.png": "too small",
+        "truncated.png": "unreadable",
+        "zero.jpg": "unreadable",
+    }
+    assert manifest.counts == {
+        "pictures": 9,
+        "samples": 15,
+        "quarantined: too flat": 1,
+        "quarantined: too small": 1,
+        "quarantined: unreadable": 2,
+    }
+    reader = SampleReader(str(out))
+    abouts = [json.loads(reader[index]["json"]) for index in range(len(reader))]
+    assert {about["source"] for about in abouts} == {"deep/0.png", *(f"red_house_{i}.png" for i in range(4))}
+    assert {about["caption"] for about in abouts} == {"A quiet harbour.", "A photograph: red house"}
+    assert len(set(reader.keys)) == 15
+    for shard in manifest.shards:
+        verify_shard(open_storage(out), shard)
+    assert_a_sample_can_be_made_again(reader)
+
+
+def assert_a_sample_can_be_made_again(reader: SampleReader) -> None:
+    import cv2
+    import numpy as np
+
+    def pixels(data: bytes) -> np.ndarray:
+        return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+    sample = reader[7]
+    seed = json.loads(sample["json"])["seed"]
+    lq = degrade(pixels(sample["hq.png"]), PASD, key=reader.keys[7], seed=seed)
+    np.testing.assert_array_equal(lq, pixels(sample["lq.png"]))
+
+
+@pytest.mark.ray
+def test_an_interrupted_run_is_finished_by_the_same_command(
+    picture_folder: Path, tmp_path: Path, local_ray: None
+) -> None:
+    out = tmp_path / "out"
+    whole = prepare(config(picture_folder, out))
+    before = contents(out)
+    (out / "manifest.json").unlink()
+    (out / whole.shards[0].name).unlink()
+    assert prepare(config(picture_folder, out)) == whole
+    assert contents(out) == before
+
+
+@pytest.mark.ray
+def test_a_llava_model_captions_every_crop(picture_folder: Path, tmp_path: Path, local_ray: None) -> None:
+    model = build_tiny_llava(tmp_path / "llava")
+    caption = {"mode": "llava", "model": str(model), "dtype": "float32", "max_new_tokens": 8, "temperature": 1.0}
+    workers = {"caption_batch_size": 2, "degrade_actors": 1}
+    manifest = prepare(config(picture_folder, tmp_path / "out", caption=caption, workers=workers))
+    reader = SampleReader(str(tmp_path / "out"))
+    captions = [json.loads(reader[index]["json"])["caption"] for index in range(len(reader))]
+    assert manifest.num_samples == len(captions) == 15
+    assert len(set(captions)) > 5
+    assert all(captions)
+
+
+def test_a_missing_llava_model_is_named_before_anything_is_begun(picture_folder: Path, tmp_path: Path) -> None:
+    caption = {"mode": "llava", "model": str(tmp_path / "nothing")}
+    with pytest.raises(ValueError, match="holds no LLaVA model"):
+        prepare(config(picture_folder, tmp_path / "out", caption=caption))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+def test_pictures_of_which_none_is_usable_leave_nothing_behind(tmp_path: Path, local_ray: None) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"no picture")
+    with pytest.raises(InputDataError, match=r"holds no usable picture \(1 unreadable; a.png: not a picture"):
+        prepare(config(folder, tmp_path / "out"))
+    assert contents(tmp_path / "out") == {}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_command_works_from_s3_to_s3_in_a_process_of_its_own(picture_folder: Path, s3_uri: str) -> None:
+    source = open_storage(f"{s3_uri}/pictures")
+    for name, data in contents(picture_folder).items():
+        source.write_bytes_atomic(name, data)
+    args = ["prepare_nano.yaml", "--input", source.uri, "--out", f"{s3_uri}/data", "--crop.size-px", "64"]
+    done = run_command([*args, "--filter.min-side-px", "64", "--source.licence", "CC0"])
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(f"{s3_uri}/data")
+    assert manifest.licences == ["CC0"]
+    assert len(SampleReader(f"{s3_uri}/data")) == manifest.num_samples == 7
+    assert f"manifest     {s3_uri}/data/manifest.json" in done.stdout
+
+
+def run_command(args: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY_PATH / "pipelines" / "prepare.py"), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=dict(os.environ), check=False)
+
+
+def test_a_wrong_request_is_one_line_and_status_2(tmp_path: Path) -> None:
+    done = run_command(["prepare_nano.yaml", "--input", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"prepare: --input {tmp_path}/nowhere holds nothing, or does not exist")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("seeed: 1", "did you mean 'seed'"),
+        ("crop: {size_px: 100}", "crop.size_px: got 100; .*multiple of 32"),
+        ("degrade: {recipe: pazd}", "no recipe 'pazd'.*did you mean 'pasd'"),
+        ("caption: {mode: llava}", "mode llava needs a model"),
+        ("filter: {min_side_px: 100}", "smaller than crop.size_px 512"),
+        ("pictures_per_shard: 0", "pictures_per_shard: got 0"),
+        ("name: a/b", "name: got 'a/b'"),
+        ("- 1", "must be a mapping"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_the_setting_and_what_is_allowed(
+    recipe: str, message: str, picture_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    with pytest.raises(ConfigError, match=message):
+        main([str(path), "--input", str(picture_folder), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["prepare_nano.yaml", "prepare_sdxl.yaml"])
+def test_shipped_recipes_are_complete_and_valid(name: str) -> None:
+    recipe = read_recipe(name, job="prepare")
+    cfg = validate(PrepareConfig, {**recipe, "input": "in", "out": "out"}, where=name)
+    stages = {"source", "filter", "crop", "caption", "degrade", "workers"}
+    assert stages <= set(recipe)
+    assert cfg.crop.size_px == (128 if "nano" in name else 512)
+    assert cfg.degrade.recipe == "pasd"
+
+
+def test_a_place_that_holds_a_foreign_dataset_is_refused(picture_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds another dataset; choose an empty place"):
+        prepare(config(picture_folder, tmp_path))

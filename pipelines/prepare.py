@@ -161,7 +161,8 @@ def dataset(cfg: PrepareConfig, plan: Plan) -> ray.data.Dataset:
 def _run(cfg: PrepareConfig, plan: Plan) -> list[ShardReport]:
     """Executes the pipeline; reports come back in the order of the shards."""
     num_shards = len(plan.shards())
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # Its own account of every operator, and the remark that its bars are off.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     with cluster.connected():
         context = ray.data.DataContext.get_current().copy()
         # A block is a shard: never split. Our own bar counts shards.

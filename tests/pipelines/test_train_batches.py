@@ -29,10 +29,18 @@ def png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+class Samples(list[dict[str, bytes]]):
+    """A prepared dataset in memory."""
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"sample-{i}" for i in range(len(self))]
+
+
 @pytest.fixture(scope="module")
-def samples() -> list[dict[str, bytes]]:
+def samples() -> Samples:
     rng = np.random.default_rng(0)
-    result = []
+    result = Samples()
     for i in range(11):
         lq = rng.integers(0, 256, (10 + i, 12, 3), dtype=np.uint8)
         hq = np.asarray(Image.fromarray(lq).resize((lq.shape[1] * 4, lq.shape[0] * 4)))
@@ -40,7 +48,7 @@ def samples() -> list[dict[str, bytes]]:
     return result
 
 
-def all_of_update(samples: list[dict[str, bytes]], split: BatchSplit, update: int) -> dict[int, tuple[object, ...]]:
+def all_of_update(samples: Samples, split: BatchSplit, update: int) -> dict[int, tuple[object, ...]]:
     """Everything the ranks together see of one update, by number in the stream."""
     seen: dict[int, tuple[object, ...]] = {}
     for rank in range(split.world_size):

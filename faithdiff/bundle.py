@@ -16,8 +16,9 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from transformers.utils import logging as transformers_logging
 
 from faithdiff.alignment import AlignmentAttention
 from faithdiff.encoder import LQEncoder
@@ -90,14 +91,25 @@ def load_components(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     Raises:
         InputError: the folder has no FaithDiff index, or a component is missing or does not fit its config.
     """
-    index = read_index(folder)
-    if index.get("_class_name") != PIPELINE_CLASS:
-        raise InputError(
-            f"model: {folder} holds a {index.get('_class_name')}, not a {PIPELINE_CLASS}; "
-            f"make one with FaithDiffPipeline.from_base"
-        )
+    _check_index(folder)
     with _quiet_loading():
         return {name: _load_component(folder, name, dtype) for name in COMPONENTS}
+
+
+def check_folder(folder: Path) -> None:
+    """Everything `load_components` would refuse, found without reading the weights: for jobs that load them later.
+
+    A preset that names its base is not looked into: its parts may not be here yet.
+
+    Raises:
+        InputError: as `load_components`.
+    """
+    if "base" in read_index(folder):
+        return
+    _check_index(folder)
+    with _quiet_loading():
+        for name in COMPONENTS:
+            _load_component(folder, name, torch.float32, device_map="meta")
 
 
 def load_base_components(
@@ -157,18 +169,32 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No progress bar of transformers per text encoder: a model loads in one piece or fails."""
-    was_enabled = is_progress_bar_enabled()
-    disable_progress_bar()
+    """No progress bar per text encoder, and no list of unfitting weights: ours comes in one line, as an error."""
+    had_bar, was_verbose = transformers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
+    also_verbose = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        if was_enabled:
-            enable_progress_bar()
+        diffusers_logging.set_verbosity(was_verbose)
+        transformers_logging.set_verbosity(also_verbose)
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_index(folder: Path) -> None:
+    index = read_index(folder)
+    if index.get("_class_name") != PIPELINE_CLASS:
+        raise InputError(
+            f"model: {folder} holds a {index.get('_class_name')}, not a {PIPELINE_CLASS}; "
+            f"make one with FaithDiffPipeline.from_base"
+        )
 
 
 def _load_component(
-    folder: Path, name: str, dtype: torch.dtype, *, cls: type[Any] | None = None, variant: str | None = None
+    folder: Path, name: str, dtype: torch.dtype, *, cls: type[Any] | None = None, **options: Any
 ) -> Any:
     cls = cls or COMPONENTS[name][1]
     if not (folder / name).is_dir():
@@ -176,7 +202,7 @@ def _load_component(
     try:
         if name not in MODELS:
             return cls.from_pretrained(folder / name)
-        options: dict[str, Any] = {"variant": variant} if variant else {}
+        options = {option: value for option, value in options.items() if value is not None}
         options["dtype" if name.startswith("text_encoder") else "torch_dtype"] = dtype
         model, info = cls.from_pretrained(
             folder / name, output_loading_info=True, ignore_mismatched_sizes=True, **options

@@ -114,7 +114,7 @@ def check_request(cfg: TrainConfig) -> Request:
         raise ConfigError(f"out: {cfg.out} is a file; give a folder")
     model = resolve_model(cfg.model)
     folder = bundle.find_folder(model.path)
-    bundle.read_index(folder)
+    bundle.check_folder(folder)
     identity = hashlib.sha256(f"{cfg.digest} {manifest.digest}".encode()).hexdigest()
     earlier = read_record(cfg.out)
     if earlier and earlier["identity"] != identity:

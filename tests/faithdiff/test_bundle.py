@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from faithdiff import FaithDiffPipeline
-from faithdiff.bundle import COMPONENTS, list_presets, read_index
+from faithdiff.bundle import COMPONENTS, check_folder, find_folder, list_presets, read_index
 from faithdiff.checkpoint import save_released
 from faithdiff.errors import InputError
 from faithdiff.unet import FaithDiffUNet
@@ -107,7 +107,7 @@ def test_a_preset_folder_may_name_its_base(plain_sdxl, tmp_path, photograph):
 def test_an_unknown_model_is_refused_with_the_presets():
     with pytest.raises(InputError, match=r"'nanoo' is neither a folder nor a preset; presets are nano, sdxl"):
         FaithDiffPipeline.from_pretrained("nanoo")
-    assert list_presets() == ["nano", "sdxl"]
+    assert list_presets() == ["nano", "sdxl", "sdxl_untrained"]
 
 
 def test_a_model_of_the_hub_that_cannot_be_had_is_refused_in_one_line(plain_sdxl):
@@ -146,7 +146,14 @@ def test_missing_extra_and_misshapen_tensors_of_a_folder_are_all_named(folder):
     tensors["surprise.weight"] = torch.zeros(1)
     tensors["conv_out.bias"] = torch.zeros(9)
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(InputError) as refusal:
-        FaithDiffPipeline.from_pretrained(folder)
-    for name in ("conv_in.bias", "surprise.weight", "conv_out.bias"):
-        assert name in str(refusal.value)
+    for attempt in (FaithDiffPipeline.from_pretrained, check_folder):
+        with pytest.raises(InputError) as refusal:
+            attempt(folder)
+        for name in ("conv_in.bias", "surprise.weight", "conv_out.bias"):
+            assert name in str(refusal.value)
+
+
+def test_a_good_folder_and_the_presets_pass_the_check_without_being_loaded(folder):
+    check_folder(folder)
+    for preset in list_presets():
+        check_folder(find_folder(preset))

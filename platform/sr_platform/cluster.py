@@ -20,6 +20,8 @@ _DEFAULT_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     # Without this, a driver that was started by `uv run` would replace every worker's interpreter.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # `ray job submit` and the driver both set PYTHONPATH; without this Ray refuses to connect the driver.
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 _FORWARDED = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_PROFILE")

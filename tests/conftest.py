@@ -130,6 +130,19 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def lone_process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A gloo process group of this process alone: DeepSpeed works in it, and needs it to last once it has seen it."""
+    store = f"file://{tmp_path_factory.mktemp('group') / 'store'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+        # Ray's local mode would end it after every run, but DeepSpeed remembers its groups per process.
+        patch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+        yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """The URL of a real S3 server on loopback that lives as long as the session."""
     from moto.server import ThreadedMotoServer

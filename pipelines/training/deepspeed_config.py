@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_set_full_fp32_param
 from torch import nn
 
 from faithdiff.loss import FaithDiffForTraining
@@ -74,11 +75,17 @@ def initialize(model: FaithDiffForTraining, cfg: TrainConfig, stage: StageConfig
             ),
         )
 
+    is_rounded = cfg.precision == "bf16"
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    exact = {name: parameter.detach().clone() for name, parameter in trained} if is_rounded else {}
     engine, *_ = deepspeed.initialize(
-        model=nn.Module.train(model),
+        model=model.train(),
         optimizer=optimizer,
         lr_scheduler=schedule,
         config=deepspeed_config(cfg, split),
         dist_init_required=False,
     )
+    # DeepSpeed takes its fp32 masters from weights that it has rounded to bf16 already.
+    for name, parameter in trained if is_rounded else ():
+        safe_set_full_fp32_param(parameter, exact[name].to(engine.device))
     return engine

@@ -30,7 +30,9 @@ def config(*flags: str) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, prepared_dataset: str) -> Iterator[Callable[..., Any]]:
+def alone(
+    lone_process_group: None, tmp_path_factory: pytest.TempPathFactory, prepared_dataset: str
+) -> Iterator[Callable[..., Any]]:
     """`alone(stage, *flags)` trains one stage with one worker in this process: (metrics, model folder, losses)."""
     from mlflow import MlflowClient
     from ray.train import ScalingConfig
@@ -41,12 +43,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory, prepared_dataset: str) -> It
     folder = tmp_path_factory.mktemp("alone")
     patch = pytest.MonkeyPatch()
     patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    # What Ray's TorchConfig sets on a worker of its own.
-    patch.setenv("LOCAL_RANK", "0")
-    store = f"file://{folder / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    # Ray's local mode ends the process group after a run, but DeepSpeed remembers its groups per process.
-    patch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     runs = Tracking.open(default_path=folder, experiment="alone")
@@ -74,7 +70,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory, prepared_dataset: str) -> It
 
     yield run
     patch.undo()
-    torch.distributed.destroy_process_group()
     torch.set_num_threads(threads)
 
 
@@ -117,6 +112,15 @@ def test_stage_two_trains_everything_but_vae_and_text_and_can_export_the_average
 
 
 @pytest.mark.ray
+def test_in_bf16_an_update_at_learning_rate_zero_exports_the_start_bit_for_bit(alone) -> None:
+    metrics, path, _ = alone("unified", "--precision", "bf16", "--unified.warmup-updates", "1", "--max-updates", "1")
+    assert metrics["train/lr"] == 0
+    assert metrics["train/grad_norm"] > 0
+    start, trained = FaithDiffPipeline.from_pretrained("nano"), FaithDiffPipeline.from_pretrained(path)
+    assert changed_parts(start, trained) == set()
+
+
+@pytest.mark.ray
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_update_and_samples(alone, monkeypatch) -> None:
     from faithdiff import loss
 
@@ -130,8 +134,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_update_and_samples(alo
 
 
 def kill_one_worker_after(checkpoint: Path, killed: list[int]) -> None:
-    """SIGKILLs one training worker of this process's Ray once `checkpoint` exists."""
-    while not (checkpoint / "latest").exists():
+    """SIGKILLs one training worker of this process's Ray once Ray has committed `checkpoint`."""
+    committed = checkpoint.parent / "checkpoint_manager_snapshot.json"
+    while not committed.exists() or checkpoint.name not in committed.read_text():
         time.sleep(0.05)
     for process in psutil.Process().children(recursive=True):
         if "RayTrainWorker" in " ".join(process.cmdline()):

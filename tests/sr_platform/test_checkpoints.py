@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sr_platform import cluster
-from sr_platform.checkpoints import average_decay
+from sr_platform.checkpoints import average_decay, consolidated_parameters
 
 assert cluster.REPOSITORY_PATH.is_dir()  # imported before Ray: it sets Ray's environment
 
@@ -46,12 +46,11 @@ def train(local_ray: None, path: Path, **config: Any) -> dict[str, Any]:
             "train_micro_batch_size_per_gpu": 2,
             "zero_optimization": {"stage": config["zero_stage"]},
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": config["bf16"]},
         }
         engine, *_ = deepspeed.initialize(
             model=net, optimizer=torch.optim.AdamW(groups), config=settings, dist_init_required=False
         )
-        average = ParameterAverage(engine, 0.5) if config["with_average"] else None
+        average = ParameterAverage(engine, 0.5)
         first = restore_train_state(engine, average=average)
         for update in range(first + 1, config["num_updates"] + 1):
             generator = torch.Generator().manual_seed(100 * update + engine.global_rank)
@@ -59,14 +58,13 @@ def train(local_ray: None, path: Path, **config: Any) -> dict[str, Any]:
             loss = net["frozen"](hidden).float().square().mean()
             engine.backward(loss)
             engine.step()
-            if average is not None:
-                average.step(update)
+            average.step(update)
             if update % 3 == 0:
                 save_train_state(engine, update=update, metrics={"loss": loss.item()}, average=average)
-            if update == 4 and config["fails"] and first == 0:
+            if update == 4 and first == 0:
                 os._exit(1)
         weights = consolidated_parameters(engine)
-        averaged = consolidated_parameters(engine, average) if average is not None else {}
+        averaged = consolidated_parameters(engine, average)
         assert (engine.global_rank == 0) == bool(weights)
         return {
             "first": first,
@@ -113,11 +111,8 @@ def reference() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("zero_stage", [0, 2])
-def test_a_run_that_lost_its_workers_ends_with_the_weights_of_an_undisturbed_one(
-    local_ray, tmp_path: Path, zero_stage: int
-) -> None:
-    result = train(local_ray, tmp_path, zero_stage=zero_stage, bf16=False, with_average=True, fails=True)
+def test_a_run_that_lost_its_workers_ends_with_the_weights_of_an_undisturbed_one(local_ray, tmp_path: Path) -> None:
+    result = train(local_ray, tmp_path, zero_stage=2)
     assert result["first"] == 3
     weights, average = reference()
     assert result["weights"].keys() == weights.keys()
@@ -128,14 +123,31 @@ def test_a_run_that_lost_its_workers_ends_with_the_weights_of_an_undisturbed_one
     assert checkpoints == ["update_00000006"]
 
 
-@pytest.mark.ray
-def test_in_bf16_the_consolidated_weights_are_the_fp32_masters(local_ray, tmp_path: Path) -> None:
-    result = train(local_ray, tmp_path, zero_stage=2, bf16=True, with_average=False, fails=False)
-    weights, _ = reference()
-    for name, expected in weights.items():
-        actual = torch.tensor(result["weights"][name])
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0.03)
-        assert not torch.equal(actual, actual.bfloat16().float()), f"{name} was rounded to bf16"
+def test_in_bf16_the_consolidated_weights_are_the_fp32_masters(lone_process_group) -> None:
+    import deepspeed
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 1))
+    net[1].requires_grad_(False)
+    before = {name: parameter.detach().clone() for name, parameter in net[0].named_parameters(prefix="0")}
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    settings = {
+        "train_micro_batch_size_per_gpu": 4,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW(net[0].parameters(), lr=1e-4)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings, dist_init_required=False)
+    engine.backward(engine(torch.ones(4, 5, dtype=torch.bfloat16)).float().mean())
+    engine.step()
+    after = consolidated_parameters(engine)
+    assert after.keys() == before.keys()
+    for name, parameter in after.items():
+        assert parameter.dtype == torch.float32
+        # One step of AdamW moves a weight by about the learning rate, far less than bf16 can show.
+        moved = (parameter - before[name].bfloat16().float()).abs()
+        assert 0 < moved.max() < 1.5e-4
 
 
 def test_the_average_warms_up_as_the_released_one(golden) -> None:

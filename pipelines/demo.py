@@ -150,7 +150,9 @@ def endpoint(places: Places, result: TrainResult, timeout_s: float) -> Iterator[
     port = _free_port()
     app_yaml, log = places.out / "serve.yaml", places.out / "serve.log"
     app_yaml.write_text(yaml.safe_dump(_serve_config(result, port), sort_keys=False))
-    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(app_yaml)]
+    # Without an address it would join whatever Ray was started on this machine last, be it dead by now.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", address, str(app_yaml)]
     environment = {
         **os.environ,
         "MLFLOW_TRACKING_URI": result.tracking_uri,

@@ -31,7 +31,7 @@ def test_the_demo_walks_from_photographs_to_a_restored_picture(tmp_path):
     registered = mlflow.MlflowClient(f"sqlite:///{out}/train/mlflow.db").get_model_version_by_alias(
         "faithdiff-nano", "candidate"
     )
-    assert registered.version == "1"
+    assert str(registered.version) == "1"
     assert "serve run serve.app:build_app model=models:/faithdiff-nano/1" in run.stdout
 
 

@@ -22,7 +22,9 @@ def as_float32(module: nn.Module) -> Iterator[None]:
 
 def move(module: nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
     """`module.to(...)` past diffusers' override, which warns at every conversion of a model."""
-    nn.Module.to(module, device=device, dtype=dtype)
+    # Weights made in inference mode could never be trained again.
+    with torch.inference_mode(False):
+        nn.Module.to(module, device=device, dtype=dtype)
 
 
 def finite_or_float32(module: nn.Module, compute: Callable[[torch.dtype], Tensor], *, what: str) -> Tensor:

@@ -12,6 +12,14 @@ def test_a_module_is_fp32_inside_the_block_and_its_bits_return_after_it():
     assert torch.equal(module.weight, before)
 
 
+def test_a_module_converted_during_inference_can_still_be_trained():
+    module = torch.nn.Linear(3, 3).to(torch.bfloat16)
+    with torch.inference_mode(), as_float32(module):
+        pass
+    module(torch.ones(1, 3, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    assert module.weight.grad is not None
+
+
 def test_what_overflows_half_precision_is_computed_in_fp32():
     module = torch.nn.Linear(4, 1, bias=False).half()
     torch.nn.init.constant_(module.weight, 6e4)

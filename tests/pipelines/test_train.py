@@ -230,6 +230,21 @@ def test_a_missing_or_truncated_shard_is_found_before_anything_starts(prepared_d
         job.check_request(config("--data", str(data), "--out", str(tmp_path / "out")))
 
 
+def test_a_model_whose_weights_do_not_fit_is_refused_with_every_tensor_named(
+    prepared_dataset: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    FaithDiffPipeline.from_pretrained("nano").save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["conv_in.bias"]
+    save_file({**tensors, "surprise": torch.zeros(1), "conv_out.bias": torch.zeros(9)}, weights)
+    every = r"1 missing: conv_in\.bias; 1 unexpected: surprise; 1 mismatched: conv_out\.bias \(9,\) instead of \(4,\)"
+    with pytest.raises(InputError, match=every):
+        job.main(["train_nano.yaml", "--data", prepared_dataset, "--model", str(tmp_path / "model")])
+
+
 def test_relative_paths_are_taken_from_the_current_directory(prepared_dataset: str, monkeypatch) -> None:
     monkeypatch.chdir(Path(prepared_dataset).parent)
     request = job.check_request(config("--data", Path(prepared_dataset).name, "--out", "trained"))

@@ -223,7 +223,7 @@ def summary(places: Places, result: TrainResult, seconds: float) -> str:
         f"  {_command('mlflow')} ui --backend-store-uri {result.tracking_uri} --port 5000",
         "Serve the model and restore a picture of yours:",
         f"  MLFLOW_TRACKING_URI={result.tracking_uri} \\",
-        f"    {_command('serve')} run serve.app:build_app model={result.model_uri}",
+        f"    {_command('serve')} run --address local serve.app:build_app model={result.model_uri}",
         "  curl -F picture=@photo.jpg -F scale=4 http://127.0.0.1:8000/v1/upscale -o restored.png",
         "",
         "The nano weights are untrained but for these few updates, so the picture is noise in the colours of the",

@@ -97,8 +97,8 @@ def check_module(module: str, rest: list[str]) -> None:
 
 
 def check_serve(arguments: list[str]) -> None:
-    """`serve run package.module:name` or `serve deploy file.yaml`."""
-    verb, target = arguments[:2]
+    """`serve run [--address ADDRESS] package.module:name` or `serve deploy file.yaml`."""
+    verb, target = [word for word in arguments if word not in ("--address", "local")][:2]
     assert verb in ("run", "deploy")
     if ":" in target:
         module, name = target.split(":")

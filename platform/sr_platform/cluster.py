@@ -6,12 +6,13 @@ Importing this module sets the variables that Ray reads at import: import it bef
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_DEFAULT_ENVIRONMENT = {
+_RAY_ENVIRONMENT = {
     # Explicit, because Ray's own default depends on whether ~/.ray/auth_token exists.
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -22,17 +23,29 @@ _DEFAULT_ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     # `ray job submit` and the driver both set PYTHONPATH; without this Ray refuses to connect the driver.
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 _FORWARDED = ("MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_PROFILE")
 REPOSITORY_PATH = Path(__file__).resolve().parents[2]
 _EXCLUDES = [".venv", ".git", ".env", "out", "tests", "*.tar", "*.ckpt", ".mypy_cache", ".ruff_cache"]
 
-for _name, _value in _DEFAULT_ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)
-if "RAY_ADDRESS" not in os.environ:
-    # A Ray that this process starts itself listens on loopback only.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+def _prepare_environment() -> None:
+    """Sets what the user has not set, unless somebody imported Ray first, as `serve run` and Ray's workers do.
+
+    Ray has read its variables by then. The processes it starts later would read ours and disagree with it: a head
+    that asks for a token which its own driver does not send.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    if "ray" in sys.modules:
+        return
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if "RAY_ADDRESS" not in os.environ:
+        # A Ray that this process starts itself listens on loopback only.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+_prepare_environment()
 
 import ray  # noqa: E402
 

@@ -32,7 +32,7 @@ def test_the_demo_walks_from_photographs_to_a_restored_picture(tmp_path):
         "faithdiff-nano", "candidate"
     )
     assert str(registered.version) == "1"
-    assert "serve run serve.app:build_app model=models:/faithdiff-nano/1" in run.stdout
+    assert "serve run --address local serve.app:build_app model=models:/faithdiff-nano/1" in run.stdout
 
 
 def test_a_demo_that_cannot_write_says_so_in_one_line(tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +49,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += [f"--dashboard-agent-listen-port={agent_port}", "--min-worker-port=0", "--max-worker-port=0"]
     # Jobs run the `python` of the head's PATH, as after activating the environment.
     environment = {**os.environ, "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}"}
+    # Not /tmp/ray: there the head would leave its address behind, and every later Ray would try to join it. Short,
+    # because sockets lie in it.
+    session_path = tempfile.mkdtemp(prefix="ray_head_")
+    command += [f"--temp-dir={session_path}"]
     log_path = tmp_path_factory.mktemp("head") / "head.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
@@ -58,6 +64,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
     finally:
         end(process)
+        shutil.rmtree(session_path, ignore_errors=True)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

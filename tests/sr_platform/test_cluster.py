@@ -15,10 +15,10 @@ from sr_platform import cluster
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def environment_after_import(**given):
-    """What RAY_* and friends are in a fresh process once `sr_platform.cluster` is imported."""
+def environment_after_import(before="", **given):
+    """What RAY_* and friends are in a fresh process once `sr_platform.cluster` is imported, after the code `before`."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    code = "import sr_platform.cluster, os, json; print(json.dumps(dict(os.environ)))"
+    code = f"{before}\nimport sr_platform.cluster, os, json; print(json.dumps(dict(os.environ)))"
     shown = subprocess.run(
         [sys.executable, "-c", code], env={**inherited, **given}, capture_output=True, text=True, check=True
     )
@@ -30,6 +30,21 @@ def test_importing_sets_what_ray_reads_at_import():
     assert environment["RAY_AUTH_MODE"] == "token"
     assert environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
     assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_a_ray_that_was_imported_first_is_left_as_it_is():
+    environment = environment_after_import("import ray, os; os.environ.pop('RAY_AUTH_MODE', None)")
+    assert "RAY_AUTH_MODE" not in environment
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in environment
+    assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+def test_a_process_that_imported_ray_first_can_start_one_as_serve_run_does(tmp_path):
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    code = "import ray, sr_platform.cluster; ray.init(address='local', num_cpus=1, include_dashboard=False)"
+    environment = {**inherited, "HOME": str(tmp_path), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    started = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert started.returncode == 0, started.stderr
 
 
 def test_what_the_user_has_set_stays():

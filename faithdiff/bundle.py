@@ -235,8 +235,9 @@ def _tensor_name(key: Any) -> str:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    ignored = ["*.ckpt", "*.onnx", "*.msgpack", "*.png"]
-    return Path(_from_hub(hub_id, lambda: snapshot_download(hub_id, ignore_patterns=ignored)))
+    # Not the single-file checkpoints beside the folders: they hold the same weights again.
+    wanted = ["*.json", "*.txt", "*/*.safetensors", "diffusion_pytorch_model*.safetensors"]
+    return Path(_from_hub(hub_id, lambda: snapshot_download(hub_id, allow_patterns=wanted)))
 
 
 def _from_hub(name: str, fetch: Callable[[], str]) -> str:

@@ -110,6 +110,25 @@ def test_an_unknown_model_is_refused_with_the_presets():
     assert list_presets() == ["nano", "sdxl", "sdxl_untrained"]
 
 
+def test_the_sdxl_preset_puts_its_parts_from_the_hub_together(plain_sdxl, tmp_path, nano, monkeypatch, photograph):
+    """A fake hub that holds the preset's three repositories at nano size."""
+    nano.vae.save_pretrained(tmp_path / "vae_fix")
+    for path in plain_sdxl.rglob("*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    save_released(nano.unet, nano.lq_encoder, tmp_path / "FaithDiff.bin")
+    repositories = {
+        "SG161222/RealVisXL_V4.0": plain_sdxl,
+        "madebyollin/sdxl-vae-fp16-fix": tmp_path / "vae_fix",
+        "jychen9811/FaithDiff": tmp_path,
+    }
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(repositories[name]))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(repositories[name] / file))
+    pipe = FaithDiffPipeline.from_pretrained("sdxl")
+    rgb = photograph(32, 32)
+    expected, actual = (np.asarray(model(rgb, prompt="a photo", **QUICK).image) for model in (nano, pipe))
+    assert np.array_equal(expected, actual)
+
+
 def test_a_model_of_the_hub_that_cannot_be_had_is_refused_in_one_line(plain_sdxl):
     """The tests run with HF_HUB_OFFLINE, as a machine without a network behaves."""
     with pytest.raises(InputError, match=r"'nobody/nothing' is neither here nor a preset .* from the hub"):

@@ -25,6 +25,16 @@ def test_without_lq_features_it_is_the_plain_sdxl_unet(golden, golden_models, re
 
 
 @torch.no_grad()
+def test_add_sample_off_leaves_the_residual_out(golden_models, golden):
+    case, unet = golden("case02b_unet"), golden_models[0]
+    alone = FaithDiffUNet.from_config(unet.config, add_sample=False)
+    alone.load_state_dict(unet.state_dict())
+    embedding = unet.alignment.embed(case["lq_feat"])
+    residual = unet.entrance(case["latent"], embedding) - unet.conv_in(case["latent"])
+    assert torch.allclose(alone.entrance(case["latent"], embedding), residual, atol=1e-5)
+
+
+@torch.no_grad()
 def test_rows_at_different_timesteps_share_a_batch_without_meeting(golden, golden_models, rel_error):
     case, unet = golden("case02b_unet"), golden_models[0]
     both, timesteps = slice(None), torch.tensor([501, 999])

@@ -9,6 +9,7 @@ S3 goes through s3fs, which finds endpoint, region and credentials as boto does 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid
@@ -95,9 +96,12 @@ class Storage:
         return int(self._retried(path, lambda fs: fs.info(path)["size"]))
 
     def delete(self, name: str) -> None:
-        """Removes a file; it is no error when it is already gone."""
+        """Removes a file, and a local folder that is empty then, as it would not exist on S3; gone is no error."""
         path = self.path(name)
         self._retried(path, lambda fs: fs.rm_file(path) if fs.isfile(path) else None)
+        if self.is_local:
+            with contextlib.suppress(OSError):  # not empty, or gone as well
+                Path(path).parent.rmdir()
 
     def list(self, prefix: str = "") -> list[str]:
         """Names of all files whose names start with `prefix`, sorted; empty when nothing is there."""

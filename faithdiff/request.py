@@ -47,7 +47,7 @@ class RestorationRequest:
         _check_choice("start_from", self.start_from, get_args(StartFrom))
         _check_choice("color_fix", self.color_fix, get_args(ColorFix))
         if not isinstance(self.guidance_scale, int | float) or not -100 <= self.guidance_scale <= 100:
-            raise InputError(f"request: guidance_scale is {self.guidance_scale!r}; it must be a number up to 100")
+            raise InputError(f"request: guidance_scale is {self.guidance_scale!r}; it must be from -100 to 100")
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"request: {name} is {getattr(self, name)!r}; it must be text")

@@ -30,14 +30,9 @@ def build_condition(
 
 def encode_lq(lq_encoder: LQEncoder, picture: Tensor, request: RestorationRequest) -> Tensor:
     """LQ features [1, L, H, W] of the whole picture, so that every tile's conditioning knows what lies beyond it."""
-    tile_px, tiling = request.vae_tile_px, request.switches.vae_tiling
-    fits = max(picture.shape[2:]) <= tile_px
 
     def encode(dtype: torch.dtype) -> Tensor:
-        if fits:
-            features: Tensor = lq_encoder(picture.to(dtype))
-            return features
-        return lq_encoder.encode(picture.to(dtype), tile_px=tile_px, tiling=tiling)
+        return lq_encoder.encode(picture.to(dtype), tile_px=request.vae_tile_px, tiling=request.switches.vae_tiling)
 
     return finite_or_float32(lq_encoder, encode, what="lq encoder")
 

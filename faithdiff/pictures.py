@@ -9,13 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 from faithdiff.errors import InputError
+from faithdiff.image_modes import to_rgb
 from faithdiff.tiling import CELL_PX
 
 
 def to_rgb_array(image: Image.Image | np.ndarray) -> np.ndarray:
     """uint8 RGB [H, W, 3] of a PIL image or of such an array."""
     if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
+        image = to_rgb(image)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         got = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
         raise InputError(f"picture: got {got}; it must be a PIL image or a uint8 RGB array [H, W, 3]")

@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, PositiveInt
 
+from faithdiff.errors import InputError
+from faithdiff.image_modes import to_rgb
 from serve.problems import Problem
 from sr_platform.config import StrictConfig
 
@@ -43,10 +45,11 @@ def decode_picture(data: bytes, limits: PictureLimits) -> np.ndarray:
     _check_size(picture, limits)
     try:
         picture.load()
-        upright = ImageOps.exif_transpose(picture)
-        return np.array(_to_rgb(upright))
-    except (Problem, MemoryError):
+        return to_rgb(ImageOps.exif_transpose(picture))
+    except MemoryError:
         raise
+    except InputError as error:
+        raise Problem(415, "unsupported-picture", str(error)) from error
     except Exception as error:
         # Decoders raise anything at all on damaged or hostile files.
         raise _unreadable(error) from error
@@ -99,21 +102,6 @@ def _check_size(picture: Image.Image, limits: PictureLimits) -> None:
             f"picture: {width}x{height} px; at most {limits.max_input_px:,} pixels with sides of at most "
             f"{limits.max_side_px:,} are allowed: send a smaller picture",
         )
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == "F":
-        raise Problem(
-            415, "unsupported-picture", "picture: it holds floating-point numbers; send 8 or 16 bits per channel"
-        )
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        levels = np.clip(np.asarray(picture, dtype=np.int64), 0, 65_535)
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return picture.convert("RGB")
 
 
 def _unreadable(error: Exception) -> Problem:

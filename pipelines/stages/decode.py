@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from faithdiff.image_modes import to_rgb
+
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 # What Pillow raises on damaged files, by format.
@@ -34,7 +36,7 @@ def decode_picture(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
             with Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > max_pixels:
                     raise UnreadablePictureError(f"{image.width}x{image.height} px are more than {max_pixels} pixels")
-                return np.ascontiguousarray(_rgb(ImageOps.exif_transpose(image)))
+                return np.ascontiguousarray(to_rgb(ImageOps.exif_transpose(image)))
         except UnreadablePictureError:
             raise
         except UnidentifiedImageError as error:
@@ -42,16 +44,3 @@ def decode_picture(data: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
             raise UnreadablePictureError("not a picture of a known format") from error
         except (*_DAMAGED, Image.DecompressionBombError) as error:
             raise UnreadablePictureError(" ".join(str(error).split())[:200] or type(error).__name__) from error
-
-
-def _rgb(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode.startswith("I"):
-        gray = np.clip(np.rint(np.asarray(image, np.float64) / 257.0), 0, 255).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=2)
-    if image.mode == "F":
-        raise UnreadablePictureError("floating-point pixels have no defined white")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
-    return np.asarray(image.convert("RGB"))

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping
-from typing import Any
 
 from sr_platform.cluster import REPOSITORY_PATH
+from sr_platform.shards import Manifest
 from sr_platform.tracking import MANIFEST_DIGEST_TAG
 
 
-def lineage_tags(*, manifest: Any, data_uri: str, recipe_digest: str, base_model: str) -> dict[str, str]:
+def lineage_tags(*, manifest: Manifest, data_uri: str, recipe_digest: str, base_model: str) -> dict[str, str]:
     """Tags of the runs and of the registered version."""
     tags = {
         MANIFEST_DIGEST_TAG: manifest.digest,
         "data_uri": data_uri,
-        "data_licences": _as_text(manifest.licences),
+        "data_licences": json.dumps(manifest.licences),
         "recipe_digest": recipe_digest,
         "base_model": base_model,
     }
@@ -41,7 +40,3 @@ def git_commit() -> str | None:
     except subprocess.CalledProcessError:
         # No commit yet, or a checkout that belongs to another user.
         return None
-
-
-def _as_text(licences: Any) -> str:
-    return json.dumps(licences, sort_keys=True) if isinstance(licences, Mapping | list | tuple) else str(licences)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pydantic
 import ray.data
 from numpy.typing import NDArray
 
-from sr_platform.config import StrictConfig
+SCALE = 4
+"""lq pictures have a quarter of the height and width of their hq picture."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Sample:
     num_pictures: int
     """Of the whole shard: the writer checks that none got lost."""
     source: str
-    """The picture's name below the input."""
-    sidecar: str = ""
-    """The name of the file beside it that holds its caption, if there is one."""
+    """The picture's name in the whole run, printable and unique: "<source>/<path below the source's URI>"."""
+    place: str = ""
+    """Where its bytes lie, as JSON that `ingest` writes and reads."""
     data: bytes = b""
     """The picture as a file, from ingest to crop."""
     source_sha256: str = ""
@@ -45,20 +45,28 @@ class Sample:
     hq: bytes = b""
     """uint8 RGB [height_px, width_px, 3]."""
     caption: str = ""
+    meta: str = ""
+    """What else the file beside the picture says, as a JSON object; empty when it says nothing else."""
     lq: bytes = b""
-    """uint8 RGB [height_px / 4, width_px / 4, 3]."""
+    """uint8 RGB [variants, height_px / 4, width_px / 4, 3]."""
+    trace: str = ""
+    """The drawn degradation of every variant, as JSON, when the recipe wants it kept."""
+    latents: bytes = b""
+    """A safetensors file of the encode stage; empty without it."""
     problem: str = ""
     """Why the sample is left out, as "reason: detail"; empty while it is fine."""
 
     def hq_pixels(self) -> NDArray[np.uint8]:
+        """[height_px, width_px, 3]."""
         return np.frombuffer(self.hq, np.uint8).reshape(self.height_px, self.width_px, 3)
 
     def lq_pixels(self) -> NDArray[np.uint8]:
-        return np.frombuffer(self.lq, np.uint8).reshape(self.height_px // 4, self.width_px // 4, 3)
+        """[variants, height_px / 4, width_px / 4, 3]."""
+        return np.frombuffer(self.lq, np.uint8).reshape(-1, self.height_px // SCALE, self.width_px // SCALE, 3)
 
     def rejected(self, reason: str, detail: str) -> Sample:
         """The sample on its way to quarantine, without its pixels."""
-        return dataclasses.replace(self, problem=f"{reason}: {detail}", data=b"", hq=b"", lq=b"")
+        return dataclasses.replace(self, problem=f"{reason}: {detail}", data=b"", hq=b"", lq=b"", latents=b"")
 
 
 # Fixed, because a type inferred from the rows would differ between an empty shard and a full one.
@@ -74,35 +82,16 @@ def read_table(table: pa.Table) -> list[Sample]:
     return [Sample(**row) for row in table.to_pylist()]
 
 
-def sample_rng(seed: int, key: str) -> np.random.Generator:
-    """A generator for one sample, independent of every other sample and of the degradation's draws."""
-    digest = hashlib.sha256(f"sample {key}".encode()).digest()
+def sample_rng(seed: int, key: str, purpose: str) -> np.random.Generator:
+    """A generator for one thing that is drawn about one sample, independent of everything else that is drawn."""
+    digest = hashlib.sha256(f"{purpose} {key}".encode()).digest()
     return np.random.default_rng([seed, *np.frombuffer(digest, "<u4").tolist()])
 
 
-class WorkersConfig(StrictConfig):
-    """Resources; nothing here changes a byte of the output."""
-
-    num_cpus: Annotated[float, pydantic.Field(gt=0)] = 0.5
-    """Logical CPUs of each task and actor."""
-    degrade_actors: pydantic.PositiveInt = 2
-    """Processes that degrade."""
-    caption_actors: pydantic.PositiveInt = 1
-    """Processes that hold the captioning model."""
-    caption_num_gpus: pydantic.NonNegativeFloat = 0.0
-    """GPUs, or a fraction of one, for each captioning process."""
-    caption_batch_size: pydantic.PositiveInt = 8
-    """Pictures per call of the captioning model."""
-
-    def for_shards(self, num_shards: int) -> WorkersConfig:
-        """With no more actors than there are shards to work on."""
-        degrade, caption = min(self.degrade_actors, num_shards), min(self.caption_actors, num_shards)
-        return self.model_copy(update={"degrade_actors": degrade, "caption_actors": caption})
-
-
-TableStage = Callable[[pa.Table], pa.Table]
-
-
 def map_shards(ds: ray.data.Dataset, stage: Any, *, num_cpus: float, **kwargs: Any) -> ray.data.Dataset:
-    """`stage` over whole shards: `batch_size=None` keeps one shard one block, whatever its number of rows."""
+    """`stage` over whole shards: `batch_size=None` keeps one shard one block, whatever its number of rows.
+
+    A stage is a function of a table, or a class whose instances are; a class needs `compute=ActorPoolStrategy(...)`.
+    Functions that follow each other with equal resources run fused, in one task per shard.
+    """
     return ds.map_batches(stage, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus, **kwargs)

@@ -1,8 +1,9 @@
 """A prepared dataset: webdataset shards and the manifest that commits them.
 
-    URI/shards/<name>-000000.tar    <key>.hq.png  <key>.lq.png  <key>.json
-    URI/manifest.json               written last: what it names is complete
+    URI/shards/<name>-000000.tar    <key>.hq.png  <key>.lq.png  [<key>.lq1.png ...]  <key>.json  [<key>.latents.safetensors]
+    URI/index.parquet               where in its shard every member of every sample lies
     URI/quarantine.jsonl            what was left out, and why
+    URI/manifest.json               written last: what it names is complete
 
 In : samples, (key, {"hq.png": bytes, ...})
 Out: shards that are byte-identical for identical samples; `SampleReader` reads any sample by range.
@@ -17,14 +18,17 @@ import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pydantic
 
 from sr_platform.config import StrictConfig
 from sr_platform.errors import InputDataError
 from sr_platform.storage import Storage, open_storage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.parquet"
 QUARANTINE_NAME = "quarantine.jsonl"
 
 
@@ -38,6 +42,24 @@ class ShardInfo(StrictConfig):
     size_bytes: int
 
 
+class SampleEntry(StrictConfig):
+    """One sample of a shard: its row in the index."""
+
+    key: str
+    group: str = ""
+    """What the recipe mixes by, such as nature and faces."""
+    members: dict[str, tuple[int, int]]
+    """Suffix -> (start, end) in bytes within the shard."""
+
+
+class PackedShard(NamedTuple):
+    """A tar, and where in it every sample's members lie."""
+
+    data: bytes
+    members: dict[str, dict[str, tuple[int, int]]]
+    """Key -> suffix -> (start, end) in bytes."""
+
+
 class Source(StrictConfig):
     """Where pictures came from."""
 
@@ -45,6 +67,11 @@ class Source(StrictConfig):
     uri: str
     """Recorded for people; a copy of the same pictures elsewhere gives the same manifest digest."""
     licence: str
+    terms: str = ""
+    """What the licence asks of those who use the pictures, in a sentence."""
+    homepage: str = ""
+    group: str = ""
+    """What the recipe mixes by, such as nature and faces."""
     num_pictures: int
     sha256: str
     """Over the names and contents of its pictures."""
@@ -61,6 +88,10 @@ class Manifest(StrictConfig):
     licences: list[str]
     counts: dict[str, int]
     """pictures, samples, and one entry per reason of quarantine."""
+    mixture: dict[str, float] = {}
+    """Group -> share of the draws in training; empty: every sample is drawn equally often."""
+    index_sha256: str
+    """Of index.parquet. It only repeats what the shards hold, so the digest leaves it out."""
     digest: str
     """Over everything above except where the sources lay."""
 
@@ -70,7 +101,13 @@ class Manifest(StrictConfig):
 
 
 def make_manifest(
-    *, shards: Sequence[ShardInfo], recipe: Mapping[str, Any], sources: Sequence[Source], counts: Mapping[str, int]
+    *,
+    shards: Sequence[ShardInfo],
+    recipe: Mapping[str, Any],
+    sources: Sequence[Source],
+    counts: Mapping[str, int],
+    index_sha256: str,
+    mixture: Mapping[str, float] | None = None,
 ) -> Manifest:
     """The manifest of these shards, its digests computed."""
     manifest = Manifest(
@@ -81,6 +118,8 @@ def make_manifest(
         sources=list(sources),
         licences=sorted({source.licence for source in sources if source.licence}),
         counts=dict(sorted(counts.items())),
+        mixture=dict(mixture or {}),
+        index_sha256=index_sha256,
         digest="",
     )
     return manifest.model_copy(update={"digest": manifest_digest(manifest)})
@@ -88,7 +127,7 @@ def make_manifest(
 
 def manifest_digest(manifest: Manifest) -> str:
     """sha256 of the manifest's content: the same data gives the same digest wherever it lies."""
-    content = manifest.model_dump(mode="json", exclude={"digest": True, "sources": {"__all__": {"uri"}}})
+    content = manifest.model_dump(mode="json", exclude={"digest": True, "index_sha256": True, "sources": {"__all__": {"uri"}}})
     return json_digest(content)
 
 
@@ -134,9 +173,10 @@ def read_manifest(uri: str) -> Manifest:
     return manifest
 
 
-def pack_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
+def pack_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> PackedShard:
     """A webdataset tar of (key, members), byte-identical for the same samples in the same order."""
     buffer = io.BytesIO()
+    places: dict[str, dict[str, tuple[int, int]]] = {}
     # tarfile directly: webdataset's writer does the same and imports torch, seconds in every worker.
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for key, members in samples:
@@ -149,6 +189,26 @@ def pack_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> bytes:
                 info = tarfile.TarInfo(f"{key}.{suffix}")
                 info.size, info.mode = len(data), 0o444
                 archive.addfile(info, io.BytesIO(data))
+                end = buffer.tell() - (-len(data) % tarfile.BLOCKSIZE)
+                places.setdefault(key, {})[suffix] = (end - len(data), end)
+    return PackedShard(buffer.getvalue(), places)
+
+
+def pack_index(entries: Sequence[Sequence[SampleEntry]]) -> bytes:
+    """index.parquet of the entries of every shard, in the order of the manifest's shards: a row per sample."""
+    rows = [(shard, entry) for shard, held in enumerate(entries) for entry in held]
+    suffixes = sorted({suffix for _, entry in rows for suffix in entry.members})
+    columns: dict[str, pa.Array] = {
+        "key": pa.array([entry.key for _, entry in rows], pa.string()),
+        "group": pa.array([entry.group for _, entry in rows], pa.string()),
+        "shard": pa.array([shard for shard, _ in rows], pa.int32()),
+    }
+    for suffix in suffixes:
+        places = [entry.members.get(suffix, (None, None)) for _, entry in rows]
+        columns[f"{suffix}:start"] = pa.array([start for start, _ in places], pa.int64())
+        columns[f"{suffix}:end"] = pa.array([end for _, end in places], pa.int64())
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, compression="zstd")
     return buffer.getvalue()
 
 

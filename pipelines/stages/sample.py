@@ -7,6 +7,7 @@ untouched and ends in quarantine, so that every picture is in the output once or
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
+
+from pipelines.preparation.progress import Counted, current_tally
 
 SCALE = 4
 """lq pictures have a quarter of the height and width of their hq picture."""
@@ -88,10 +91,24 @@ def sample_rng(seed: int, key: str, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, *np.frombuffer(digest, "<u4").tolist()])
 
 
-def map_shards(ds: ray.data.Dataset, stage: Any, *, num_cpus: float, **kwargs: Any) -> ray.data.Dataset:
+def map_shards(
+    ds: ray.data.Dataset, stage: Any, *, num_cpus: float, name: str = "", **kwargs: Any
+) -> ray.data.Dataset:
     """`stage` over whole shards: `batch_size=None` keeps one shard one block, whatever its number of rows.
 
     A stage is a function of a table, or a class whose instances are; a class needs `compute=ActorPoolStrategy(...)`.
-    Functions that follow each other with equal resources run fused, in one task per shard.
+    Functions that follow each other with equal resources run fused, in one task per shard. A stage with a `name`
+    reports its progress.
     """
+    if name and (tally := current_tally()) is not None:
+        if isinstance(stage, type):
+            make = functools.partial(stage, **kwargs.pop("fn_constructor_kwargs", {}))
+            kwargs["fn_constructor_kwargs"] = {"make": make, "name": name, "tally": tally}
+            stage = Counted
+        else:
+            stage = Counted(functools.partial(_itself, stage), name, tally).__call__
     return ds.map_batches(stage, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus, **kwargs)
+
+
+def _itself(stage: Any) -> Any:
+    return stage

@@ -14,6 +14,8 @@ class WorkersConfig(StrictConfig):
 
     num_cpus: Annotated[float, pydantic.Field(gt=0)] = 1.0
     """Logical CPUs of each task and actor."""
+    filter_num_gpus: pydantic.NonNegativeFloat = 0.0
+    """GPUs, or a fraction of one, for each task that filters, where a source has a quality threshold."""
     caption_actors: pydantic.PositiveInt = 1
     """Processes that hold the captioning model, or talk to the captioning endpoint."""
     caption_num_gpus: pydantic.NonNegativeFloat = 0.0

@@ -1,0 +1,1 @@
+"""Parts of `prepare.py`: survey, duplicates, plan, progress, estimate, inspection."""

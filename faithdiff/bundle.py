@@ -41,6 +41,7 @@ COMPONENTS: dict[str, tuple[str, type[Any]]] = {
     "scheduler": ("diffusers", EulerDiscreteScheduler),
 }
 MODELS = ("vae", "lq_encoder", "unet", "text_encoder", "text_encoder_2")
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _NEW_IN_FAITHDIFF = ("lq_encoder",)
 
 
@@ -96,6 +97,24 @@ def load_components(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         return {name: _load_component(folder, name, dtype) for name in COMPONENTS}
 
 
+def load_encoders(name_or_path: str | Path) -> dict[str, Any]:
+    """Only what is never trained, `ENCODERS`, in fp32, of all that `FaithDiffPipeline.from_pretrained` takes.
+
+    Raises:
+        InputError: as `find_folder` and `load_components`.
+    """
+    folder, dtype = find_folder(name_or_path), torch.float32
+    with _quiet_loading():
+        if "base" not in read_index(folder):
+            _check_index(folder)
+            return {name: _load_component(folder, name, dtype) for name in ENCODERS}
+        parts = read_index(folder)["base"]
+        base, variant = find_folder(parts["base"]), parts.get("variant")
+        components = {name: _load_component(base, name, dtype, variant=variant) for name in ENCODERS[1:]}
+        vae = find_folder(parts["vae"]) if parts.get("vae") else None
+        return components | {"vae": _load_vae(base, vae, dtype, variant)}
+
+
 def check_folder(folder: Path) -> None:
     """Everything `load_components` would refuse, found without reading the weights: for jobs that load them later.
 
@@ -118,11 +137,7 @@ def load_base_components(
     """Components of a FaithDiff model in its state before training, from a plain SDXL folder and optionally its VAE."""
     shared = [name for name in COMPONENTS if name not in (*_NEW_IN_FAITHDIFF, "unet", "vae")]
     components = {name: _load_component(base, name, dtype, variant=variant) for name in shared}
-    components["vae"] = (
-        _load_component(base, "vae", dtype, variant=variant)
-        if vae is None
-        else _load_component(vae.parent, vae.name, dtype, cls=AutoencoderKL)
-    )
+    components["vae"] = _load_vae(base, vae, dtype, variant)
     components["lq_encoder"] = LQEncoder.from_vae(components["vae"]).to(dtype)
     sdxl = _load_component(base, "unet", dtype, cls=UNet2DConditionModel, variant=variant)
     components["unet"] = extend_unet(sdxl, components["lq_encoder"].out_channels, attention)
@@ -211,6 +226,13 @@ def _load_component(
         raise InputError(f"model: {folder / name} cannot be loaded: {' '.join(str(error).split())}") from error
     _check_complete(folder / name, info)
     return model.eval()
+
+
+def _load_vae(base: Path, vae: Path | None, dtype: torch.dtype, variant: str | None) -> Any:
+    """The VAE of an SDXL folder, or the one in a folder of its own."""
+    if vae is None:
+        return _load_component(base, "vae", dtype, variant=variant)
+    return _load_component(vae.parent, vae.name, dtype, cls=AutoencoderKL)
 
 
 def _check_complete(folder: Path, info: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ class NoReferenceMetric:
 
     def __call__(self, picture: NDArray[np.uint8]) -> float:
         """The score of uint8 RGB [H, W, 3], alone in its batch; nan where the metric knows no score for it."""
-        pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float() / 255.0
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255.0
         with torch.no_grad():
             score = self.network(pixels)
         return float(score.reshape(-1)[0])

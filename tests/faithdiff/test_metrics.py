@@ -56,6 +56,7 @@ def test_a_score_is_a_number_of_one_rgb_picture(pyiqa) -> None:
     metric = no_reference_metric("entropy")
     picture = gray(0)
     picture[..., 0] = 255
+    picture.flags.writeable = False  # as the pixels of a sample are
     assert metric(picture) == pytest.approx(1 / 3)
     assert metric(picture[:, ::-1]) == pytest.approx(1 / 3), "views are pictures too"
     (pixels, _) = metric.network.seen

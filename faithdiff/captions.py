@@ -1,17 +1,14 @@
-"""Captions of pictures: LLaVA's prompt and sampling as FaithDiff uses them, and the clean-up of what it says.
+"""Captions of pictures by a LLaVA model, with the prompt and the sampling that FaithDiff uses.
 
 captioner = LlavaCaptioner.from_pretrained("llava-hf/llava-1.5-13b-hf", dtype=torch.bfloat16, device="cuda")
-captioner(pictures, keys=keys, seed=0)        -> one raw text per picture
-clean_caption(text)                           -> what the restoration is conditioned on
+captioner(pictures, keys=keys, seed=0)        -> one raw text per picture; clean it with clean_caption
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,45 +30,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from faithdiff.caption_text import PROMPT, QUESTION, SYSTEM, SamplingSettings, text_seed
 from faithdiff.errors import InputError
-
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-QUESTION = "Describe this image and its style in a very detailed manner."
-PROMPT = f"{SYSTEM} USER: <image>\n{QUESTION} ASSISTANT:"
-"""LLaVA's vicuna_v1 conversation with FaithDiff's one question. Source: llava/conversation.py:242-252, llm_agent.py."""
-
-_NUM_OPENING_WORDS = 3
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How the next word is drawn. Source: llava/llm_agent.py:65-90 @ f11af6c."""
-
-    temperature: float = 0.2
-    top_p: float = 0.7
-    max_new_tokens: int = 512
-
-
-def clean_caption(text: str, *, compat: Literal["fixed", "released"] = "fixed") -> str:
-    """The first two sentences without the three opening words ("The image features"), capitalised, with a full stop.
-
-    A text of at most three words is kept whole, and an empty one stays empty, where the released code fails.
-    "released" ends a caption of one or two sentences with two full stops, as the released code does.
-    Source: test.py:112-118 @ f11af6c.
-    """
-    words = text.split()
-    if len(words) > _NUM_OPENING_WORDS:
-        words = words[_NUM_OPENING_WORDS:]
-    if not words:
-        return ""
-    words[0] = words[0].capitalize()
-    kept = ". ".join(" ".join(words).split(". ")[:2])
-    if compat == "fixed" and kept.endswith((".", "!", "?")):
-        return kept
-    return kept + "."
 
 
 def check_llava(name_or_path: str | Path) -> None:
@@ -159,20 +119,21 @@ class LlavaCaptioner:
 
 
 class _SeededDraw(LogitsProcessor):
-    """Adds Gumbel noise from one generator per picture: the largest score is then a draw from the softmax."""
+    """Leaves one token per picture: where the picture's own uniform number falls in the cumulated softmax.
+
+    A picture that has ended draws on until the last of its batch has, so that every step takes one number of each.
+    """
 
     def __init__(self, keys: Sequence[str], seed: int) -> None:
-        self.generators = [torch.Generator().manual_seed(_text_seed(seed, key)) for key in keys]
+        self.generators = [torch.Generator().manual_seed(text_seed(seed, key)) for key in keys]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        uniform = torch.stack([torch.rand(scores.shape[1], generator=g, dtype=torch.float64) for g in self.generators])
-        gumbel = -torch.log(-torch.log(uniform.clamp(min=1e-300)))
-        return scores.double() + gumbel.to(scores.device)
-
-
-def _text_seed(seed: int, key: str) -> int:
-    digest = hashlib.sha256(f"caption {seed} {key}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+        uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators])
+        cumulated = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
+        # The total is not exactly 1; a number below it always has a token with a probability above 0.
+        point = uniform.to(scores.device) * cumulated[:, -1:]
+        token = torch.searchsorted(cumulated, point, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 def build_tiny_llava(path: Path, *, seed: int = 0) -> Path:

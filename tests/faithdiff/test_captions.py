@@ -1,15 +1,14 @@
-"""Caption clean-up against the released strings, and LLaVA captions from a tiny model of the real classes."""
+"""LLaVA captions from a tiny model of the real classes: each depends on its picture, key and seed alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from faithdiff.captions import PROMPT, LlavaCaptioner, SamplingSettings, build_tiny_llava, clean_caption
+from faithdiff.caption_text import SamplingSettings
+from faithdiff.captions import LlavaCaptioner, build_tiny_llava
 from faithdiff.errors import InputError
 
 SAMPLING = SamplingSettings(temperature=1.0, top_p=0.9, max_new_tokens=8)
@@ -28,42 +27,6 @@ def captioner(tiny_llava_path: Path) -> LlavaCaptioner:
 def pictures(count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (40 + 8 * i, 64, 3), dtype=np.uint8) for i in range(count)]
-
-
-def test_released_clean_up_gives_the_released_strings(golden: Callable[[str], Any]) -> None:
-    pairs = golden("case08_tables").about["caption_postprocess"]
-    strings = {text: cleaned for text, cleaned in pairs.items() if not cleaned.startswith("RAISES")}
-    assert len(strings) >= 4
-    assert {text: clean_caption(text, compat="released") for text in strings} == strings
-
-
-@pytest.mark.parametrize(
-    ("text", "cleaned"),
-    [
-        ("The image shows two cats.", "Two cats."),
-        ("The image shows two cats. They sleep.", "Two cats. They sleep."),
-        ("The image shows a dog! It is happy. Very.", "A dog! It is happy. Very."),
-        ("A B C d", "D."),
-        ("one two three", "One two three."),
-        ("", ""),
-        ("   \n", ""),
-    ],
-)
-def test_clean_up_neither_fails_on_short_texts_nor_doubles_the_full_stop(text: str, cleaned: str) -> None:
-    assert clean_caption(text) == cleaned
-
-
-def test_fixed_and_released_clean_up_differ_in_the_double_full_stop_only(golden: Callable[[str], Any]) -> None:
-    for text, cleaned in golden("case08_tables").about["caption_postprocess"].items():
-        if not cleaned.startswith("RAISES"):
-            assert clean_caption(text) == cleaned.replace("..", ".")
-
-
-def test_the_prompt_is_one_vicuna_turn_about_the_picture() -> None:
-    assert PROMPT.startswith("A chat between a curious user")
-    assert PROMPT.endswith(
-        "questions. USER: <image>\nDescribe this image and its style in a very detailed manner. ASSISTANT:"
-    )
 
 
 def test_a_caption_does_not_depend_on_its_batch(captioner: LlavaCaptioner) -> None:

@@ -51,7 +51,7 @@ def test_an_empty_answer_goes_to_quarantine(make_crop: Callable[..., Any], llava
     captioner = LlavaCaption(llava, seed=0, batch_size=4)
     captioner.captioner = lambda pictures, *, keys, seed: [" "] * len(pictures)
     (row,) = read_table(captioner(to_table([make_crop()])))
-    assert row.problem == "empty caption: the model said nothing"
+    assert row.problem == "empty caption: the model said nothing, 4 times"
 
 
 @pytest.mark.parametrize("config", [{"mode": "llava"}, {"mode": "text", "model": "x"}])

@@ -133,7 +133,9 @@ def count_reasons(problems: Sequence[str]) -> Counter[str]:
 
 def _repeated(pictures: Sequence[Picture], facts: Mapping[str, Facts], max_bits: int) -> dict[str, str]:
     """Pictures that repeat another; of equals the one with the most pixels stays, then the first listed."""
-    order = sorted(range(len(pictures)), key=lambda i: -facts[pictures[i].name].height_px * facts[pictures[i].name].width_px)
+    order = sorted(
+        range(len(pictures)), key=lambda i: -facts[pictures[i].name].height_px * facts[pictures[i].name].width_px
+    )
     ranked = [pictures[index] for index in order]
     first: dict[str, str] = {}
     problems = {}

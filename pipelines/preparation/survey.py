@@ -44,9 +44,7 @@ class Survey:
 
     def known(self, pictures: Sequence[Picture]) -> dict[str, Facts]:
         """Facts by name, of those pictures that need not be measured again."""
-        facts = {
-            picture.name: Facts(picture.name, problem=picture.problem) for picture in pictures if picture.problem
-        }
+        facts = {picture.name: Facts(picture.name, problem=picture.problem) for picture in pictures if picture.problem}
         remembered = self._remembered()
         for picture in pictures:
             if found := remembered.get((picture.name, self._asked(picture))):

@@ -88,7 +88,9 @@ class Crop:
         deviation = gray_deviation(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))
         if deviation >= self.cfg.min_deviation:
             return crop
-        return crop.rejected("crop too flat", f"gray levels deviate by {deviation:.1f}, less than {self.cfg.min_deviation}")
+        return crop.rejected(
+            "crop too flat", f"gray levels deviate by {deviation:.1f}, less than {self.cfg.min_deviation}"
+        )
 
 
 def tile_places(height_px: int, width_px: int, cfg: CropConfig, seed: int, name: str) -> list[Place]:

@@ -140,7 +140,9 @@ def filter_stage(
 ) -> ray.data.Dataset:
     qualities = {source.name: source.quality for source in sources if source.quality}
     stage = Filter(cfg.max_pixels, qualities)
-    return map_shards(ds, stage.__call__, num_cpus=workers.num_cpus, name="filter", num_gpus=workers.filter_num_gpus or None)
+    return map_shards(
+        ds, stage.__call__, num_cpus=workers.num_cpus, name="filter", num_gpus=workers.filter_num_gpus or None
+    )
 
 
 @functools.lru_cache(maxsize=4)

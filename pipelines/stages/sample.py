@@ -91,9 +91,7 @@ def sample_rng(seed: int, key: str, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, *np.frombuffer(digest, "<u4").tolist()])
 
 
-def map_shards(
-    ds: ray.data.Dataset, stage: Any, *, num_cpus: float, name: str = "", **kwargs: Any
-) -> ray.data.Dataset:
+def map_shards(ds: ray.data.Dataset, stage: Any, *, num_cpus: float, name: str = "", **kwargs: Any) -> ray.data.Dataset:
     """`stage` over whole shards: `batch_size=None` keeps one shard one block, whatever its number of rows.
 
     A stage is a function of a table, or a class whose instances are; a class needs `compute=ActorPoolStrategy(...)`.

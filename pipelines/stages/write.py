@@ -22,6 +22,7 @@ from sr_platform.publication import Rejection, publish_shard
 from sr_platform.shards import pack_shard
 from sr_platform.storage import open_storage
 
+
 class Write:
     """Packs the samples of one shard and publishes it exactly once; with `out_uri` None it only packs, to be timed."""
 

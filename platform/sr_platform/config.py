@@ -48,29 +48,31 @@ class StrictConfig(pydantic.BaseModel):
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
-def load_config(cls: type[ConfigT], argv: Sequence[str], *, job: str, description: str = "") -> ConfigT:
+def load_config(
+    cls: type[ConfigT], argv: Sequence[str], *, job: str, description: str = "", recipe: bool = True
+) -> ConfigT:
     """The validated configuration of one job: `[recipe.yaml] --flag value ...`.
 
-    A recipe is a path, or the bare name of one that ships with the project.
+    A recipe is a path, or the bare name of one that ships with the project. With `recipe=False` the job takes none.
 
     Raises:
         ConfigError: the recipe or a flag is wrong; every problem is named at once.
         SystemExit: status 0, after `--help`.
     """
     args = list(argv)
-    recipe: dict[str, Any] = {}
-    if args and not args[0].startswith("-"):
+    values: dict[str, Any] = {}
+    if recipe and args and not args[0].startswith("-"):
         name = args.pop(0)
-        recipe = read_recipe(name, job=job)
-        check_values(cls, recipe, where=f"{job}: {name}")
+        values = read_recipe(name, job=job)
+        check_values(cls, values, where=f"{job}: {name}")
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
             parsed: ConfigT = tyro.cli(
                 cls,
                 args=args,
-                default=_partial(cls, recipe),
-                prog=f"python pipelines/{job}.py [recipe.yaml]",
+                default=_partial(cls, values),
+                prog=_usage(job, recipe=recipe),
                 description=description,
                 config=(tyro.conf.AvoidSubcommands,),
             )
@@ -137,6 +139,11 @@ def run_job(main: Callable[[Sequence[str]], None], *, user_errors: tuple[type[Va
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _usage(job: str, *, recipe: bool) -> str:
+    name, _, command = job.partition(" ")
+    return f"python pipelines/{name}.py {command or ('[recipe.yaml]' if recipe else '')}".strip()
 
 
 def _refusal(cls: type[StrictConfig], stop: SystemExit, box: str, args: Sequence[str]) -> str:

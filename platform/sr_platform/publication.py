@@ -34,7 +34,8 @@ from sr_platform.shards import (
 )
 from sr_platform.storage import Storage
 
-_DONE = "done/"
+DONE = "done/"
+"""Folder of the markers of finished shards, while the dataset is unfinished."""
 _MARKER_READERS = 16
 
 
@@ -56,8 +57,8 @@ class ShardReport(StrictConfig):
     index: int
     shard: ShardInfo | None
     """None when nothing of it was usable: then no file is written."""
-    entries: list[SampleEntry] = []
-    rejections: list[Rejection] = []
+    entries: tuple[SampleEntry, ...] = ()
+    rejections: tuple[Rejection, ...] = ()
 
 
 def shard_name(name: str, index: int) -> str:
@@ -84,18 +85,18 @@ def publish_shard(
         storage.write_bytes_atomic(file, packed.data)
         digest = hashlib.sha256(packed.data).hexdigest()
         info = ShardInfo(name=file, sha256=digest, num_samples=len(packed.members), size_bytes=len(packed.data))
-    entries = [
+    entries = tuple(
         SampleEntry(key=key, group=(groups or {}).get(key, ""), members=places)
         for key, places in packed.members.items()
-    ]
-    report = ShardReport(index=index, shard=info, entries=entries, rejections=list(rejections))
-    storage.write_bytes_atomic(f"{_DONE}{shard_name(name, index)}.json", report.model_dump_json().encode())
+    )
+    report = ShardReport(index=index, shard=info, entries=entries, rejections=tuple(rejections))
+    storage.write_bytes_atomic(f"{DONE}{shard_name(name, index)}.json", report.model_dump_json().encode())
     return report
 
 
 def finished_shards(storage: Storage, *, name: str) -> dict[int, ShardReport]:
     """The reports of all shards that are published whole, by index; one whose tar is gone or cut off is not."""
-    markers = [marker for marker in storage.list(f"{_DONE}{name}-") if marker.endswith(".json")]
+    markers = [marker for marker in storage.list(f"{DONE}{name}-") if marker.endswith(".json")]
     sizes = storage.sizes("shards/")
     with ThreadPoolExecutor(_MARKER_READERS) as pool:
         reports = list(pool.map(lambda marker: _read_marker(storage, marker), markers))
@@ -147,7 +148,7 @@ def commit_dataset(
 
 def remove_markers(storage: Storage) -> None:
     """Removes what only an unfinished dataset needs."""
-    for marker in storage.list(_DONE):
+    for marker in storage.list(DONE):
         storage.delete(marker)
 
 

@@ -1,0 +1,105 @@
+"""The recipe of `prepare.py`: everything that decides what becomes of which pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+import pydantic
+
+from pipelines.preparation.ceiling import QuarantineConfig
+from pipelines.sources import SourceConfig, resolve_sources
+from pipelines.stages.caption import NOT_CONTENT as CAPTION_NOT_CONTENT
+from pipelines.stages.caption import CaptionConfig
+from pipelines.stages.crop import CropConfig
+from pipelines.stages.degrade import DegradeConfig
+from pipelines.stages.encode import EncodeConfig
+from pipelines.stages.filter import FilterConfig
+from pipelines.stages.workers import WorkersConfig
+from sr_platform.config import StrictConfig
+from sr_platform.errors import ConfigError
+
+_NOT_CONTENT: Any = {"input", "out", "workers", "quarantine", "dry_run", "catalogue", "source", "sources"}
+
+
+class PrepareConfig(StrictConfig):
+    """From pictures to shards."""
+
+    input: str = ""
+    """Folder of pictures: a path, file:// or s3:// URI. Relative URIs of sources lie below it."""
+    out: str
+    """Where the dataset goes: a path, file:// or s3:// URI."""
+    name: Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9_-]+$")] = "data"
+    """Shards are called <name>-000000.tar."""
+    seed: pydantic.NonNegativeInt = 0
+    """Everything random derives from it and the name of the picture."""
+    samples_per_shard: pydantic.PositiveInt = 256
+    """A shard is closed when it has this many crops; a picture's crops stay together."""
+    source: SourceConfig = SourceConfig(name="pictures")
+    """The one source of a recipe that lists none."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several sources; what they leave out is filled in from the catalogue by their names."""
+    catalogue: str = ""
+    """Licences, terms and layouts of known sources, as a YAML file; empty: pipelines/recipes/sources.yaml."""
+    mixture: dict[str, pydantic.PositiveFloat] = pydantic.Field(default_factory=dict)
+    """Group -> share of the draws in training, such as {nature: 0.875, faces: 0.125}; empty: as many as there are."""
+    quarantine: QuarantineConfig = QuarantineConfig()
+    filter: FilterConfig = FilterConfig()
+    crop: CropConfig = CropConfig()
+    caption: CaptionConfig = CaptionConfig()
+    degrade: DegradeConfig = DegradeConfig()
+    encode: EncodeConfig = EncodeConfig()
+    workers: WorkersConfig = WorkersConfig()
+    dry_run: bool = False
+    """Print the plan with estimates from a small measured sample, and make nothing."""
+
+    @pydantic.model_validator(mode="after")
+    def _fits_together(self) -> PrepareConfig:
+        given = self.sources or (self.source,)
+        tiled = [source.name for source in given if source.cut != "whole" and not source.resize_px]
+        if tiled and self.filter.min_side_px < self.crop.size_px:
+            raise ValueError(
+                f"filter.min_side_px is {self.filter.min_side_px}, smaller than crop.size_px {self.crop.size_px}; "
+                "raise the one or lower the other"
+            )
+        if self.mixture and abs(sum(self.mixture.values()) - 1) > 1e-6:
+            raise ValueError(f"mixture: shares add up to {sum(self.mixture.values()):g}; they must add up to 1")
+        if not self.input and not all(PurePosixPath(s.uri).is_absolute() or "://" in s.uri for s in given):
+            raise ValueError("input: required, unless every source has an absolute uri of its own")
+        return self
+
+    def resolved_sources(self) -> list[SourceConfig]:
+        """Every source with its catalogue entry filled in and an absolute URI. Raises ConfigError for a wrong one."""
+        given = [
+            source.model_copy(update={"uri": _below(self.input, source.uri)})
+            for source in self.sources or (self.source,)
+        ]
+        resolved = resolve_sources(given, self.catalogue)
+        groups = {source.group for source in resolved}
+        if unknown := sorted(set(self.mixture) ^ groups) if self.mixture else []:
+            raise ConfigError(
+                f"prepare: mixture names {', '.join(sorted(self.mixture))} and the sources are of "
+                f"{', '.join(sorted(map(str, groups)))}; give every group a share ({', '.join(map(str, unknown))})"
+            )
+        if self.encode.model and (whole := [s.name for s in resolved if s.cut == "whole" or s.resize_px]):
+            raise ConfigError(
+                f"prepare: encode works on tiles of the training crop's size, and {', '.join(whole)} is cut whole or "
+                "resized; leave encode.model empty or those sources out"
+            )
+        return resolved
+
+    def recipe(self, sources: Sequence[SourceConfig]) -> dict[str, Any]:
+        """The settings that decide the content of the shards; not where they lie or who works on them."""
+        content = self.model_dump(mode="json", exclude=_NOT_CONTENT)
+        content["caption"] = self.caption.model_dump(mode="json", exclude=CAPTION_NOT_CONTENT)
+        content["degrade"] = self.degrade.content()
+        content["sources"] = [source.model_dump(mode="json", exclude={"uri"}) for source in sources]
+        return content
+
+
+def _below(base: str, uri: str) -> str:
+    """`uri`, or the place that a relative one names below `base`."""
+    if not base or "://" in uri or PurePosixPath(uri).is_absolute():
+        return uri
+    return f"{base.rstrip('/') or '/'}/{uri}" if uri else base

@@ -16,16 +16,23 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
-import hashlib
+import contextlib
+import http.client
+import http.server
 import io
 import json
 import math
+import socket
+import struct
+import threading
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -159,24 +166,166 @@ def s3_endpoint() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture
-def s3_uri(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def new_bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """s3://bucket of a fresh bucket, with the environment that s3fs reads."""
     import boto3
 
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    from sr_platform import s3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     bucket = f"bucket-{uuid.uuid4().hex[:8]}"
     boto3.client("s3").create_bucket(Bucket=bucket)
+    s3.filesystem.cache_clear()  # it may know another server
     return f"s3://{bucket}"
+
+
+@pytest.fixture
+def s3_uri(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """s3://bucket of a fresh bucket, with the environment that s3fs reads."""
+    return new_bucket(s3_endpoint, monkeypatch)
+
+
+S3_ERRORS = {"500": "InternalError", "503": "SlowDown"}
+
+
+class FaultyS3:
+    """A proxy on loopback before a real S3 server, which spoils requests at a given rate.
+
+    `injected` counts what was done, by (method, fault). Faults, drawn one after the other from `seed`:
+    500         refused before the server saw it, as an internal error
+    503         refused before the server saw it: SlowDown
+    reset       the connection is reset before the server saw the request
+    lost        the server did as asked, and the connection is cut before its answer
+    cut         the connection is cut in the middle of the answer's body
+    short       a read's body is cut and its Content-Length with it; only Content-Range still tells
+    """
+
+    FAULTS = ("500", "503", "reset", "lost", "cut", "short")
+
+    def __init__(self, endpoint: str, *, seed: int = 0, rate: float = 0.2, faults: Sequence[str] = FAULTS) -> None:
+        self.target = urlsplit(endpoint).netloc
+        self.rate, self.faults = rate, faults
+        self.injected: Counter[tuple[str, str]] = Counter()
+        self.num_requests = 0
+        self._rng, self._lock = np.random.default_rng(seed), threading.Lock()
+        handler = type("Handler", (FaultyRequest,), {"proxy": self})
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self.uri = ""
+        """s3://bucket of a fresh bucket behind the proxy."""
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def draw(self, method: str) -> str:
+        """The fault of the next request; empty for none."""
+        with self._lock:
+            self.num_requests += 1
+            chance, which = self._rng.random(), int(self._rng.integers(len(self.faults)))
+            fault = self.faults[which] if chance < self.rate else ""
+            if fault == "short" and method != "GET":
+                fault = "lost"
+            if fault:
+                self.injected[method, fault] += 1
+            return fault
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class FaultyRequest(http.server.BaseHTTPRequestHandler):
+    """One request on its way through the proxy."""
+
+    proxy: FaultyS3
+    protocol_version = "HTTP/1.1"
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the client gave up
+            super().handle()
+
+    def forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = self.proxy.draw(self.command)
+        if fault in S3_ERRORS:
+            text = f"<?xml version='1.0'?><Error><Code>{S3_ERRORS[fault]}</Code></Error>".encode()
+            self.answer(int(fault), [("Content-Type", "application/xml")], text)
+        elif fault == "reset":
+            self.reset()
+        else:
+            status, headers, data = self.ask(body)
+            if fault == "lost" or (fault in ("cut", "short") and len(data) < 2):
+                self.reset()
+            elif fault == "short":
+                self.answer(status, headers, data[: len(data) // 2])
+            else:
+                self.answer(status, headers, data, is_cut=fault == "cut")
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = forward  # noqa: N815
+
+    def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        """The server's answer."""
+        connection = http.client.HTTPConnection(self.proxy.target, timeout=60)
+        connection.request(self.command, self.path, body=body, headers=dict(self.headers.items()))
+        response = connection.getresponse()
+        data = response.read()
+        connection.close()
+        return response.status, response.getheaders(), data
+
+    def answer(self, status: int, headers: list[tuple[str, str]], data: bytes, *, is_cut: bool = False) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(name, value)
+        length = str(len(data))
+        if self.command == "HEAD":
+            length = next((value for name, value in headers if name.lower() == "content-length"), "0")
+        self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[: len(data) // 2] if is_cut else data)
+        if is_cut:
+            self.wfile.flush()
+            self.close_connection = True
+
+    def reset(self) -> None:
+        """No farewell: the client sees "connection reset by peer"."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def faulty_s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FaultyS3]]:
+    """`faulty_s3(seed=1, rate=0.2)`: a running FaultyS3 with a fresh bucket, which the environment now points to."""
+    running: list[FaultyS3] = []
+
+    def start(**kwargs: Any) -> FaultyS3:
+        proxy = FaultyS3(s3_endpoint, **kwargs)
+        running.append(proxy)
+        proxy.uri = new_bucket(s3_endpoint, monkeypatch)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        return proxy
+
+    yield start
+    for proxy in running:
+        proxy.stop()
+
+
+@pytest.fixture
+def faulty_s3_uri(faulty_s3: Callable[..., FaultyS3]) -> str:
+    """s3://bucket on a server that spoils every fifth request."""
+    return faulty_s3().uri
 
 
 @pytest.fixture(scope="session")
 def prepared_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     """URI of a finished dataset: two shards of 6 samples, hq 64 x 72 px of smooth noise, with captions."""
-    from sr_platform.shards import ShardInfo, make_manifest, pack_shard, write_manifest
+    from sr_platform.publication import commit_dataset, publish_shard
     from sr_platform.storage import open_storage
 
     def png(picture: Image.Image) -> bytes:
@@ -184,7 +333,7 @@ def prepared_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
         picture.save(buffer, "PNG")
         return buffer.getvalue()
 
-    uri, rng, shards = str(tmp_path_factory.mktemp("prepared")), np.random.default_rng(0), []
+    storage, rng, reports = open_storage(tmp_path_factory.mktemp("prepared")), np.random.default_rng(0), []
     for shard in range(2):
         samples = []
         for i in range(6):
@@ -192,9 +341,6 @@ def prepared_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
             hq, lq = coarse.resize((72, 64), Image.Resampling.BICUBIC), coarse.resize((18, 16))
             about = json.dumps({"caption": f"picture {i} of shard {shard}"}).encode()
             samples.append((f"s{shard}-{i}", {"hq.png": png(hq), "lq.png": png(lq), "json": about}))
-        data, name = pack_shard(samples), f"shards/train-{shard:06d}.tar"
-        open_storage(uri).write_bytes_atomic(name, data)
-        digest = hashlib.sha256(data).hexdigest()
-        shards.append(ShardInfo(name=name, sha256=digest, num_samples=len(samples), size_bytes=len(data)))
-    write_manifest(uri, make_manifest(shards=shards, recipe={"name": "tiny"}, sources=[], counts={"samples": 12}))
-    return uri
+        reports.append(publish_shard(storage, name="train", index=shard, samples=samples))
+    commit_dataset(storage, reports, recipe={"name": "tiny"}, sources=[], counts={})
+    return storage.uri

@@ -1,19 +1,18 @@
 """Prepared dataset -> micro-batches: which samples an update sees, how each is cut, and the tensors of it.
 
-In : a prepared dataset (`hq.png`, `lq.png`, `json` with the caption).
+In : a prepared dataset (`hq.png`, `lq.png`, perhaps `lq1.png` ..., `json` with the caption).
 Out: `Batch`: hq, lq float [B, 3, S, S] in [-1, 1], captions, time_ids [B, 6] in pixels, and the samples' numbers.
 
-The samples of a run form one endless stream: every epoch is a permutation of the dataset drawn from (seed, epoch).
-Sample number n of the stream belongs to update n // global batch. Whatever is random about it is drawn from (seed, n),
-so the number of workers, the micro-batch and any restart leave every update as it was.
+The samples of a run form one endless stream (sr_platform/sample_order.py). Sample number n of the stream belongs to
+update n // global batch. Whatever is random about it is drawn from (seed, n), so the number of workers, the micro-batch
+and any restart leave every update as it was.
 """
 
 from __future__ import annotations
 
-import functools
-import io
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -25,6 +24,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sr_platform.errors import InputDataError
+from sr_platform.sample_order import SampleOrder
+
 Upsampling = Literal["nearest", "bilinear", "bicubic"]
 Picture = npt.NDArray[np.uint8]
 
@@ -35,16 +37,23 @@ _PIL_FILTER = {
     "bicubic": Image.Resampling.BICUBIC,
 }
 _SCALE = 4
-_ORDER_STREAM, _ITEM_STREAM = 2, 3
+_ITEM_STREAM, _VARIANT_STREAM = 3, 4
+_LQ_NAME = re.compile(r"lq(\d*)\.png")
 
 
 class Samples(Protocol):
-    """What is read: `sr_platform.shards.SampleReader`."""
+    """What is read: `sr_platform.sample_reader.SampleReader`."""
 
     @property
     def keys(self) -> Sequence[str]: ...
+    @property
+    def groups(self) -> Mapping[str, npt.NDArray[np.int64]]: ...
+    @property
+    def mixture(self) -> Mapping[str, float]: ...
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, bytes]: ...
+    def suffixes(self, index: int) -> list[str]: ...
+    def read_members(self, wanted: Sequence[tuple[int, Sequence[str]]]) -> list[dict[str, bytes]]: ...
 
 
 @dataclass(frozen=True)
@@ -78,24 +87,6 @@ class Batch:
     time_ids: Tensor
     samples: list[int]
     """Numbers in the stream of samples; the noise of the batch is drawn from them."""
-
-
-@dataclass(frozen=True)
-class SampleOrder:
-    """The endless stream of samples of one stage."""
-
-    seed: int
-    num_samples: int
-
-    def index(self, sample: int) -> int:
-        """Where in the dataset sample number `sample` of the stream lies."""
-        epoch, position = divmod(sample, self.num_samples)
-        return int(_permutation(self.seed, epoch, self.num_samples)[position])
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, num_samples: int) -> npt.NDArray[np.int64]:
-    return np.random.default_rng([seed, _ORDER_STREAM, epoch]).permutation(num_samples)
 
 
 @dataclass(frozen=True)
@@ -138,6 +129,14 @@ def draw_item(
     )
 
 
+def draw_variant(seed: int, sample: int, num_variants: int) -> int:
+    """Which of its low-quality pictures sample number `sample` shows.
+
+    Not among the draws of `draw_item`: those need the picture's size, and only the picture shown is read.
+    """
+    return int(np.random.default_rng([seed, _VARIANT_STREAM, sample]).integers(num_variants))
+
+
 def cut_item(hq: Picture, lq: Picture, caption: str, draws: ItemDraws, *, crop_px: int) -> Item:
     """Flip, pad, crop and up-sample one pair; `crop_px` is the side of the low-quality crop, a quarter of the result's.
 
@@ -177,14 +176,20 @@ class MicroBatches(Dataset[Batch]):
 
     def __init__(self, reader: Samples, split: BatchSplit, *, rank: int, seed: int, crop: CropConfig) -> None:
         self.reader, self.split, self.rank, self.seed, self.crop = reader, split, rank, seed, crop
-        self.order = SampleOrder(seed, len(reader))
+        self.order = SampleOrder(seed, len(reader), groups=reader.groups, mixture=reader.mixture)
 
     def __getitem__(self, number: int) -> Batch:
         update, micro_step = divmod(number, self.split.accumulation)
         return self.batch(self.split.samples(update, micro_step, self.rank))
 
     def batch(self, samples: Sequence[int]) -> Batch:
-        items = [self._item(sample) for sample in samples]
+        """Reads all samples at the same time, and of each only what it shows."""
+        wanted = [self._wanted(sample) for sample in samples]
+        found = self.reader.read_members(wanted)
+        items = [
+            self._item(sample, index, [members[suffix] for suffix in suffixes])
+            for sample, (index, suffixes), members in zip(samples, wanted, found, strict=True)
+        ]
         return Batch(
             hq=to_tensor([item.hq for item in items]),
             lq=to_tensor([item.lq for item in items]),
@@ -193,13 +198,26 @@ class MicroBatches(Dataset[Batch]):
             samples=list(samples),
         )
 
-    def _item(self, sample: int) -> Item:
-        members = self.reader[self.order.index(sample)]
-        hq, lq = decode(members["hq.png"]), decode(members["lq.png"])
+    def _wanted(self, sample: int) -> tuple[int, tuple[str, str, str]]:
+        """Where sample number `sample` lies, and its members: hq, lq, json."""
+        index = self.order.index(sample)
+        variants = sorted(int(found[1] or 0) for s in self.reader.suffixes(index) if (found := _LQ_NAME.fullmatch(s)))
+        if not variants:
+            raise InputDataError(f"train: sample {self.reader.keys[index]} has no lq.png; prepare the dataset again")
+        variant = variants[draw_variant(self.seed, sample, len(variants))]
+        return index, ("hq.png", f"lq{variant or ''}.png", "json")
+
+    def _item(self, sample: int, index: int, members: Sequence[bytes]) -> Item:
+        hq, lq, about = decode(members[0]), decode(members[1]), members[2]
+        if hq is None or lq is None:
+            raise InputDataError(
+                f"train: a picture of sample {self.reader.keys[index]} is damaged; "
+                "run pipelines/prepare.py verify on the dataset"
+            )
         assert hq.shape[:2] == (lq.shape[0] * _SCALE, lq.shape[1] * _SCALE), (hq.shape, lq.shape)
         crop_px = self.crop.size_px // _SCALE
         draws = draw_item(self.seed, sample, *lq.shape[:2], crop_px=crop_px, caption_dropout=self.crop.caption_dropout)
-        caption: str = json.loads(members["json"])["caption"]
+        caption: str = json.loads(about)["caption"]
         return cut_item(hq, lq, caption, draws, crop_px=crop_px)
 
 
@@ -212,9 +230,11 @@ def micro_batches(dataset: MicroBatches, first_update: int, last_update: int, *,
     return iter(DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=num_workers, **context))
 
 
-def decode(png: bytes) -> Picture:
-    """uint8 RGB [H, W, 3]."""
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+def decode(png: bytes) -> Picture | None:
+    """uint8 RGB [H, W, 3] of a picture as `prepare` writes it; None when it is damaged."""
+    # The same pixels as PIL's, sooner.
+    pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    return None if pixels is None else np.asarray(pixels, dtype=np.uint8)
 
 
 def to_tensor(pictures: Sequence[Picture]) -> Tensor:

@@ -33,7 +33,7 @@ from sr_platform.checkpoints import (
     save_train_state,
 )
 from sr_platform.config import StrictConfig
-from sr_platform.shards import SampleReader
+from sr_platform.sample_reader import SampleReader
 from sr_platform.tracking import Metric, RunLog
 
 

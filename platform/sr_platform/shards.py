@@ -1,12 +1,12 @@
 """A prepared dataset: webdataset shards and the manifest that commits them.
 
-    URI/shards/<name>-000000.tar    <key>.hq.png  <key>.lq.png  [<key>.lq1.png ...]  <key>.json  [<key>.latents.safetensors]
-    URI/index.parquet               where in its shard every member of every sample lies
-    URI/quarantine.jsonl            what was left out, and why
-    URI/manifest.json               written last: what it names is complete
+    URI/shards/<name>-000000.tar  <key>.hq.png <key>.lq.png [<key>.lq1.png ...] <key>.json [<key>.latents.safetensors]
+    URI/index.parquet             where in its shard every member of every sample lies
+    URI/quarantine.jsonl          what was left out, and why
+    URI/manifest.json             written last: what it names is complete
 
 In : samples, (key, {"hq.png": bytes, ...})
-Out: shards that are byte-identical for identical samples; `SampleReader` reads any sample by range.
+Out: shards that are byte-identical for identical samples; sample_reader.py reads any sample by range.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pydantic
 
 from sr_platform.config import StrictConfig
 from sr_platform.errors import InputDataError
-from sr_platform.storage import Storage, open_storage
+from sr_platform.storage import open_storage
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -88,7 +88,7 @@ class Manifest(StrictConfig):
     licences: list[str]
     counts: dict[str, int]
     """pictures, samples, and one entry per reason of quarantine."""
-    mixture: dict[str, float] = {}
+    mixture: dict[str, float] = pydantic.Field(default_factory=dict)
     """Group -> share of the draws in training; empty: every sample is drawn equally often."""
     index_sha256: str
     """Of index.parquet. It only repeats what the shards hold, so the digest leaves it out."""
@@ -127,7 +127,9 @@ def make_manifest(
 
 def manifest_digest(manifest: Manifest) -> str:
     """sha256 of the manifest's content: the same data gives the same digest wherever it lies."""
-    content = manifest.model_dump(mode="json", exclude={"digest": True, "index_sha256": True, "sources": {"__all__": {"uri"}}})
+    content = manifest.model_dump(
+        mode="json", exclude={"digest": True, "index_sha256": True, "sources": {"__all__": {"uri"}}}
+    )
     return json_digest(content)
 
 
@@ -210,115 +212,3 @@ def pack_index(entries: Sequence[Sequence[SampleEntry]]) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer, compression="zstd")
     return buffer.getvalue()
-
-
-class _Place(NamedTuple):
-    """Where one sample's members lie in its shard: suffix -> (start, end) in bytes."""
-
-    shard: int
-    members: dict[str, tuple[int, int]]
-
-
-class SampleReader:
-    """Random access to the samples of a finished dataset: `reader[i]` -> {"hq.png": ..., "lq.png": ..., "json": ...}.
-
-    Samples are ordered by shard, then as written. Tar headers are read once, when the reader is made; after that a
-    sample costs one range read. Picklable, and the copy does not scan again.
-    """
-
-    def __init__(self, uri: str) -> None:
-        self.manifest = read_manifest(uri)
-        self.storage = open_storage(uri)
-        self._places: list[_Place] = []
-        self._keys: list[str] = []
-        for index, shard in enumerate(self.manifest.shards):
-            self._add_shard(index, shard)
-
-    @property
-    def keys(self) -> list[str]:
-        """The key of every sample, in order."""
-        return self._keys
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __getitem__(self, index: int) -> dict[str, bytes]:
-        """One sample's members by suffix. Raises IndexError, or StorageError when storage keeps failing."""
-        place = self._places[index]
-        start = min(begin for begin, _ in place.members.values())
-        end = max(stop for _, stop in place.members.values())
-        data = self.storage.read_range(self.manifest.shards[place.shard].name, start, end)
-        return {suffix: data[begin - start : stop - start] for suffix, (begin, stop) in place.members.items()}
-
-    def _add_shard(self, index: int, shard: ShardInfo) -> None:
-        where = self.storage.path(shard.name)
-        try:
-            samples = _scan(self.storage, shard.name)
-        except tarfile.TarError as error:
-            raise InputDataError(
-                f"shards: {where} is not a readable tar ({error}); prepare the dataset again"
-            ) from error
-        if len(samples) != shard.num_samples:
-            raise InputDataError(
-                f"shards: {where} holds {len(samples)} samples, its manifest says {shard.num_samples}; prepare it again"
-            )
-        self._keys.extend(samples)
-        self._places.extend(_Place(index, members) for members in samples.values())
-
-
-def verify_shard(storage: Storage, shard: ShardInfo) -> None:
-    """Raises InputDataError unless the shard has the bytes its manifest promises."""
-    data = storage.read_bytes(shard.name)
-    if len(data) != shard.size_bytes or hashlib.sha256(data).hexdigest() != shard.sha256:
-        raise InputDataError(f"shards: {storage.path(shard.name)} differs from its manifest; prepare the dataset again")
-
-
-def _scan(storage: Storage, name: str) -> dict[str, dict[str, tuple[int, int]]]:
-    """key -> suffix -> (start, end) of every member of a tar."""
-    size_bytes = storage.size(name)
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(fileobj=_RangeFile(storage, name, size_bytes), mode="r:") as archive:
-        for member in archive:
-            end = member.offset_data + member.size
-            if end > size_bytes:
-                raise tarfile.ReadError(f"member {member.name} is cut off")
-            key, _, suffix = member.name.partition(".")
-            samples.setdefault(key, {})[suffix] = (member.offset_data, end)
-    return samples
-
-
-class _RangeFile(io.RawIOBase):
-    """A seekable file over range reads, for tarfile, which reads 512 bytes of header here and there."""
-
-    # One request brings the headers of several small members, and little is wasted before a large one.
-    _WINDOW_BYTES = 64 * 1024
-
-    def __init__(self, storage: Storage, name: str, size_bytes: int) -> None:
-        self._storage, self._name, self._size_bytes = storage, name, size_bytes
-        self._position = 0
-        self._window_start, self._window = 0, b""
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
-        self._position = base + offset
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        end = self._size_bytes if size < 0 else min(self._position + size, self._size_bytes)
-        if not (self._window_start <= self._position and end <= self._window_start + len(self._window)):
-            window_end = min(max(end, self._position + self._WINDOW_BYTES), self._size_bytes)
-            self._window = self._storage.read_range(self._name, self._position, window_end)
-            self._window_start = self._position
-        start = self._position - self._window_start
-        data = self._window[start : start + max(0, end - self._position)]
-        self._position += len(data)
-        return data

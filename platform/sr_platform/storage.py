@@ -4,34 +4,41 @@
     storage.write_bytes_atomic("manifest.json", data)     # readers see the old file or the new one, never a part
     storage.read_range("shards/nano-000000.tar", 512, 4096)
 
-S3 goes through s3fs, which finds endpoint, region and credentials as boto does (AWS_ENDPOINT_URL, AWS_PROFILE, ...).
+Errors, throttling and cut connections are waited out for about a minute; a read returns everything or raises.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
-import botocore.exceptions
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
+from sr_platform import s3
 from sr_platform.errors import InputDataError, RequestError, StorageError
 
-ATTEMPTS = 4
-FIRST_WAIT_S = 0.5
+ATTEMPTS = 10
+FIRST_WAIT_S = 0.2
+LONGEST_WAIT_S = 15.0
+CHUNK_BYTES = 8 * 2**20
+_CHUNKS_AT_ONCE = 4
 _UNFINISHED = ".unfinished-"
-_REFUSED = (botocore.exceptions.NoCredentialsError, botocore.exceptions.ParamValidationError, PermissionError)
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-_PASSING = (OSError, botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError)
 
 T = TypeVar("T")
+
+
+class FileDetails(NamedTuple):
+    """What a listing tells about a file."""
+
+    size_bytes: int
+    fingerprint: str
+    """Changes when the bytes may have changed: the time of the last change, or the ETag."""
 
 
 def open_storage(uri: str | os.PathLike[str]) -> Storage:
@@ -70,35 +77,54 @@ class Storage:
     def read_bytes(self, name: str) -> bytes:
         """A whole file. Raises InputDataError when it does not exist, StorageError when storage keeps failing."""
         path = self.path(name)
-        return bytes(self._retried(path, lambda fs: fs.cat_file(path)))
+        return retried(path, Path(path).read_bytes if self.is_local else lambda: s3.read_range(path, 0, None))
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
-        """Bytes `start` to `end` (exclusive) of a file, in one range request. Raises as `read_bytes` does."""
+        """Bytes `start` to `end` (exclusive), fewer only where the file ends earlier. Raises as `read_bytes` does."""
         path = self.path(name)
-        return bytes(self._retried(path, lambda fs: fs.cat_file(path, start=start, end=end))) if end > start else b""
+        if end <= start:
+            return b""
+        return retried(path, lambda: (_read_local if self.is_local else s3.read_range)(path, start, end))
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """`read_range` of each (name, start, end), from S3 at the same time."""
+        if self.is_local:
+            return [self.read_range(*wanted) for wanted in ranges]
+        answers = s3.read_ranges([(self.path(name), start, end) for name, start, end in ranges])
+        # What failed is asked for again one by one, which takes the load off a server that throttles.
+        return [
+            answer if isinstance(answer, bytes) else self.read_range(*wanted)
+            for answer, wanted in zip(answers, ranges, strict=True)
+        ]
+
+    def read_chunks(self, name: str) -> Iterator[bytes]:
+        """A whole file in pieces of CHUNK_BYTES, for files that are too large for memory. Raises as `read_bytes`."""
+        size_bytes, step = self.size(name), CHUNK_BYTES * _CHUNKS_AT_ONCE
+        for first in range(0, size_bytes, step):
+            starts = range(first, min(first + step, size_bytes), CHUNK_BYTES)
+            yield from self.read_ranges([(name, start, min(start + CHUNK_BYTES, size_bytes)) for start in starts])
 
     def write_bytes_atomic(self, name: str, data: bytes) -> None:
         """Publishes a file: it appears under its name whole or not at all, replacing what was there."""
         path = self.path(name)
-        if self.is_local:
-            self._retried(path, lambda fs: _write_local(Path(path), data))
-        else:
-            # One PUT; the default would split large files and leave parts behind after a crash.
-            self._retried(path, lambda fs: fs.pipe_file(path, data, chunksize=max(len(data), 1)))
+        retried(path, lambda: _write_local(Path(path), data) if self.is_local else s3.write(path, data))
 
     def exists(self, name: str) -> bool:
-        path = self.path(name)
-        return bool(self._retried(path, lambda fs: fs.isfile(path)))
+        with contextlib.suppress(InputDataError):
+            self.size(name)
+            return True
+        return False
 
     def size(self, name: str) -> int:
         """Bytes of a file. Raises InputDataError when it does not exist."""
         path = self.path(name)
-        return int(self._retried(path, lambda fs: fs.info(path)["size"]))
+        return retried(path, lambda: (_size_local if self.is_local else s3.size)(path))
 
     def delete(self, name: str) -> None:
         """Removes a file, and a local folder that is empty then, as it would not exist on S3; gone is no error."""
         path = self.path(name)
-        self._retried(path, lambda fs: fs.rm_file(path) if fs.isfile(path) else None)
+        with contextlib.suppress(InputDataError):
+            retried(path, Path(path).unlink if self.is_local else lambda: s3.delete(path))
         if self.is_local:
             with contextlib.suppress(OSError):  # not empty, or gone as well
                 Path(path).parent.rmdir()
@@ -109,36 +135,67 @@ class Storage:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Name and bytes of all files whose names start with `prefix`, in one listing."""
+        return {name: details.size_bytes for name, details in self.details(prefix).items()}
+
+    def details(self, prefix: str = "") -> dict[str, FileDetails]:
+        """Bytes and fingerprint of all files whose names start with `prefix`, in one listing."""
+        found = self._list_local(prefix) if self.is_local else self._list_s3(prefix)
+        skip = len(self.uri) + 1
+        named = {path[skip:]: FileDetails(*details) for path, details in found.items()}
+        return {name: d for name, d in named.items() if name.startswith(prefix) and not _is_unfinished(name)}
+
+    def _list_local(self, prefix: str) -> dict[str, tuple[int, str]]:
         folder = prefix.rpartition("/")[0]
         root = f"{self.uri}/{folder}" if folder else self.uri
-        found = self._retried(root, lambda fs: _files_below(fs, root))
-        skip = len(_stripped(self.uri)) + 1
-        sizes = {path[skip:]: size for path, size in found.items()}
-        return {n: s for n, s in sizes.items() if n.startswith(prefix) and not _is_unfinished(n)}
+        return retried(root, lambda: _files_below(root))
 
-    def _filesystem(self) -> Any:
-        if self.is_local:
-            return LocalFileSystem()
-        # Retries are ours and s3fs's; a stale listing would hide what another worker has just published.
-        retries = {"retries": {"max_attempts": 1, "mode": "standard"}, "connect_timeout": 10, "read_timeout": 60}
-        return fsspec.filesystem("s3", config_kwargs=retries, use_listings_cache=False)
-
-    def _retried(self, path: str, call: Callable[[Any], T]) -> T:
-        """`call` with the filesystem, again after passing failures, with growing waits."""
-        for attempt in range(ATTEMPTS):
+    def _list_s3(self, prefix: str) -> dict[str, tuple[int, str]]:
+        found, token, start = dict[str, tuple[int, str]](), "", f"{self.uri}/{prefix}"
+        while True:
+            # Page by page: a long listing from an unsteady server would never come through in one go.
             try:
-                return call(self._filesystem())
-            except _ABSENT as error:
-                raise InputDataError(f"storage: {path} does not exist; check the name and the URI") from error
-            except _REFUSED as error:
-                raise RequestError(f"storage: {path} is refused: {_one_line(error)}; check credentials") from error
-            except _PASSING as error:
-                if attempt == ATTEMPTS - 1:
-                    raise StorageError(
-                        f"storage: {path} still failed after {ATTEMPTS} attempts: {_one_line(error)}"
-                    ) from error
-                time.sleep(FIRST_WAIT_S * 2**attempt)
-        raise AssertionError("unreachable")
+                page, token = retried(start, lambda token=token: s3.list_page(start, token))  # type: ignore[misc]
+            except InputDataError:  # no such bucket
+                return {}
+            found |= page
+            if not token:
+                return found
+
+
+def retried(path: str, call: Callable[[], T]) -> T:
+    """`call`, again after passing failures of storage at `path`, with growing waits.
+
+    Raises:
+        InputDataError: the file is not there.
+        RequestError: access is refused.
+        StorageError: it still failed after ATTEMPTS attempts.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except _ABSENT as error:
+            raise InputDataError(f"storage: {path} does not exist; check the name and the URI") from error
+        except s3.REFUSED as error:
+            raise RequestError(f"storage: {path} is refused: {_one_line(error)}; check credentials") from error
+        except FileExistsError as error:
+            raise RequestError(f"storage: {path}: a file is where a folder should be; give another place") from error
+        except s3.PASSING as error:
+            if attempt == ATTEMPTS:
+                raise StorageError(
+                    f"storage: {path} still failed after {ATTEMPTS} attempts: {_one_line(error)}"
+                ) from error
+            # Spread, or workers that were turned away together come back together.
+            spread = random.uniform(0.75, 1.25)  # noqa: S311
+            time.sleep(min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S) * spread)
+    raise AssertionError("unreachable")
+
+
+def pread(descriptor: int, start: int, end: int) -> bytes:
+    """Bytes `start` to `end` of an open file, fewer only where it ends earlier."""
+    data = os.pread(descriptor, end - start, start)
+    while len(data) < end - start and (more := os.pread(descriptor, end - start - len(data), start + len(data))):
+        data += more
+    return data
 
 
 def _normalised(uri: str) -> str:
@@ -156,14 +213,32 @@ def _normalised(uri: str) -> str:
     return str(Path(uri).expanduser().absolute())
 
 
-def _stripped(uri: str) -> str:
-    return uri.removeprefix("s3://")
+def _read_local(path: str, start: int, end: int) -> bytes:
+    with Path(path).open("rb", buffering=0) as file:
+        return pread(file.fileno(), start, end)
 
 
-def _files_below(fs: Any, root: str) -> dict[str, int]:
-    if not fs.exists(root):
-        return {}
-    return {path: int(info["size"]) for path, info in fs.find(root, detail=True).items() if info["type"] == "file"}
+def _size_local(path: str) -> int:
+    if not Path(path).is_file():
+        raise FileNotFoundError(path)
+    return Path(path).stat().st_size
+
+
+def _files_below(root: str) -> dict[str, tuple[int, str]]:
+    found: dict[str, tuple[int, str]] = {}
+    for folder, _, names in os.walk(root, onerror=_raise_unless_absent):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or a link to nowhere
+                path = Path(folder, name)
+                if path.is_file():
+                    status = path.stat()
+                    found[str(path)] = (status.st_size, str(status.st_mtime_ns))
+    return found
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if not isinstance(error, _ABSENT):
+        raise error
 
 
 def _is_unfinished(name: str) -> bool:
@@ -183,5 +258,5 @@ def _write_local(path: Path, data: bytes) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__

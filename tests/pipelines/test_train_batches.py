@@ -2,23 +2,28 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pipelines.stages.write import encode_png
 from pipelines.training.batches import (
+    Batch,
     BatchSplit,
     CropConfig,
     ItemDraws,
     MicroBatches,
-    SampleOrder,
     cut_item,
+    decode,
     draw_item,
     micro_batches,
     to_tensor,
 )
+from sr_platform.errors import InputDataError
+from sr_platform.sample_reader import SampleReader
 
 CROP = CropConfig(size_px=32, caption_dropout=0.2)
 
@@ -30,11 +35,27 @@ def png(picture: np.ndarray) -> bytes:
 
 
 class Samples(list[dict[str, bytes]]):
-    """A prepared dataset in memory."""
+    """A prepared dataset in memory, which remembers what was read."""
+
+    def __init__(self) -> None:
+        self.mixture: dict[str, float] = {}
+        self.read: list[tuple[int, Sequence[str]]] = []
 
     @property
     def keys(self) -> list[str]:
         return [f"sample-{i}" for i in range(len(self))]
+
+    @property
+    def groups(self) -> dict[str, np.ndarray]:
+        """The last sample is a face."""
+        return {"nature": np.arange(len(self) - 1), "faces": np.array([len(self) - 1])}
+
+    def suffixes(self, index: int) -> list[str]:
+        return sorted(self[index])
+
+    def read_members(self, wanted: Sequence[tuple[int, Sequence[str]]]) -> list[dict[str, bytes]]:
+        self.read += wanted
+        return [{suffix: self[index][suffix] for suffix in suffixes} for index, suffixes in wanted]
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +148,6 @@ def test_the_micro_batch_is_the_largest_that_divides_the_share(share: int, large
     assert (split.micro_batch, split.accumulation) == (expected, share // expected)
 
 
-def test_every_epoch_visits_every_sample_once_in_another_order() -> None:
-    order = SampleOrder(seed=9, num_samples=23)
-    epochs = [[order.index(epoch * 23 + i) for i in range(23)] for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[1] == [SampleOrder(seed=9, num_samples=23).index(23 + i) for i in range(23)]
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loading_may_start_at_any_update_and_in_another_process(samples, num_workers: int) -> None:
     dataset = MicroBatches(samples, BatchSplit.derive(4, 1, 2), rank=0, seed=5, crop=CROP)
@@ -144,3 +157,76 @@ def test_loading_may_start_at_any_update_and_in_another_process(samples, num_wor
     for batch, expected in zip(rest, whole[4:], strict=True):
         torch.testing.assert_close(batch.lq, expected.lq, rtol=0, atol=0)
         assert batch.captions == expected.captions
+
+
+@pytest.fixture
+def varied(samples: Samples) -> Samples:
+    """The same samples with three low-quality variants each, mirrored top to bottom one after the other."""
+    result = Samples()
+    for members in samples:
+        lq = decode(members["lq.png"])
+        result.append({**members, "lq1.png": png(lq[::-1]), "lq2.png": png(lq[:, ::-1])})
+    return result
+
+
+def test_of_several_variants_one_is_drawn_per_sample_and_only_it_is_read(samples: Samples, varied: Samples) -> None:
+    split = BatchSplit.derive(4, 1, 4)
+    seen = [all_of_update(varied, split, update) for update in range(60)]
+    names = [suffixes[1] for _, suffixes in varied.read]
+    for name in ("lq.png", "lq1.png", "lq2.png"):
+        assert names.count(name) / len(names) == pytest.approx(1 / 3, abs=0.1)
+    assert all(suffixes == ("hq.png", name, "json") for (_, suffixes), name in zip(varied.read, names, strict=True))
+    # A variant changes neither what is drawn about a sample nor the order of samples.
+    for update, found in enumerate(seen):
+        plain = all_of_update(samples, split, update)
+        for sample, (hq, lq, *text) in found.items():
+            assert (hq, *text) == (plain[sample][0], *plain[sample][2:])
+            assert (lq == plain[sample][1]) == (names[sample] == "lq.png")
+
+
+def test_a_mixture_decides_how_often_each_group_is_drawn(samples: Samples) -> None:
+    mixed = Samples()
+    mixed.extend(samples)
+    mixed.mixture = {"nature": 0.75, "faces": 0.25}
+    dataset = MicroBatches(mixed, BatchSplit.derive(8, 2, 4), rank=1, seed=5, crop=CROP)
+    captions = [caption for number in range(12) for caption in dataset[number].captions]
+    faces = [caption for caption in captions if caption == "picture 10"]
+    assert 0.25 * 0.5 < len(faces) / len(captions) <= 0.25 + 1 / len(captions)  # a fifth of captions is dropped
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(prepared_dataset: str, num_workers: int) -> None:
+    split = BatchSplit.derive(4, 2, 1)
+
+    def batches(first: int, last: int, workers: int) -> list[Batch]:
+        dataset = MicroBatches(SampleReader(prepared_dataset), split, rank=1, seed=7, crop=CROP)
+        return list(micro_batches(dataset, first, last, num_workers=workers))
+
+    whole, resumed = batches(0, 7, 0), batches(4, 7, num_workers)  # an epoch ends after update 3
+    assert len(resumed) == 6
+    for batch, expected in zip(resumed, whole[8:], strict=True):
+        assert batch.samples == expected.samples
+        assert batch.captions == expected.captions
+        for name in ("hq", "lq", "time_ids"):
+            torch.testing.assert_close(getattr(batch, name), getattr(expected, name), rtol=0, atol=0)
+
+
+def test_pictures_are_decoded_to_the_pixels_that_were_encoded() -> None:
+    pixels = np.random.default_rng(2).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(decode(png(pixels)), pixels)
+    np.testing.assert_array_equal(decode(encode_png(pixels)), pixels)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"hq.png": b"\x89PNG damaged"}, "a picture of sample sample-0 is damaged; run pipelines/prepare.py verify"),
+        ({"lq.png": None}, "sample sample-0 has no lq.png; prepare the dataset again"),
+    ],
+)
+def test_a_damaged_or_missing_picture_is_named(samples: Samples, members: dict[str, bytes | None], message) -> None:
+    broken = Samples()
+    broken.append({name: data for name, data in {**samples[0], **members}.items() if data is not None})
+    dataset = MicroBatches(broken, BatchSplit.derive(1, 1, 1), rank=0, seed=5, crop=CROP)
+    with pytest.raises(InputDataError, match=message):
+        dataset[0]

@@ -113,12 +113,12 @@ class LlavaCaptioner:
             [
                 TemperatureLogitsWarper(self.sampling.temperature),
                 TopPLogitsWarper(top_p=self.sampling.top_p),
-                _SeededDraw(keys, seed),
+                SeededDraw(keys, seed),
             ]
         )
 
 
-class _SeededDraw(LogitsProcessor):
+class SeededDraw(LogitsProcessor):
     """Leaves one token per picture: where the picture's own uniform number falls in the cumulated softmax.
 
     A picture that has ended draws on until the last of its batch has, so that every step takes one number of each.

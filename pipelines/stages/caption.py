@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pydantic
@@ -142,8 +142,8 @@ class LlavaCaption:
 class EndpointCaption:
     """Lets an endpoint describe the crops; waits for it while it fails."""
 
-    def __init__(self, cfg: CaptionConfig, *, seed: int, notify: Callable[[str], None] | None = None) -> None:
-        self.cfg, self.seed, self.endpoint = cfg, seed, _endpoint(cfg, notify)
+    def __init__(self, cfg: CaptionConfig, *, seed: int) -> None:
+        self.cfg, self.seed, self.endpoint = cfg, seed, _endpoint(cfg)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         samples = read_table(table)
@@ -179,41 +179,28 @@ def caption_from_name(source: str) -> str:
     return f"A photograph: {' '.join(words).lower()}" if words else "A photograph"
 
 
-def caption_stage(
-    ds: ray.data.Dataset,
-    cfg: CaptionConfig,
-    workers: WorkersConfig,
-    *,
-    seed: int,
-    notify: Callable[[str], None] | None = None,
-) -> ray.data.Dataset:
-    """`notify` runs in the actors, and hears of an endpoint that is silent for long; the default is to log it there."""
+def caption_stage(ds: ray.data.Dataset, cfg: CaptionConfig, workers: WorkersConfig, *, seed: int) -> ray.data.Dataset:
     if cfg.mode == "text":
-        return map_shards(ds, TextCaption().__call__, num_cpus=workers.num_cpus)
+        return map_shards(ds, TextCaption().__call__, name="caption", num_cpus=workers.num_cpus)
     # Ray Data ends a pipeline in which nothing moved for two minutes; a model may take longer, and an outage does.
     context = ds.context
     if 0 < context.execution_no_progress_timeout_s < cfg.longest_shard_s():
         context.execution_no_progress_timeout_s = cfg.longest_shard_s()
-    pool = ray.data.ActorPoolStrategy(size=workers.caption_actors)
-    if cfg.mode == "endpoint":
-        given = {"cfg": cfg, "seed": seed, "notify": notify}
-        return map_shards(ds, EndpointCaption, num_cpus=workers.num_cpus, fn_constructor_kwargs=given, compute=pool)
+    kwargs: dict[str, Any] = {"cfg": cfg, "seed": seed}
+    if cfg.mode == "llava":
+        kwargs["batch_size"] = workers.caption_batch_size
     return map_shards(
         ds,
-        LlavaCaption,
+        LlavaCaption if cfg.mode == "llava" else EndpointCaption,
+        name="caption",
         num_cpus=workers.num_cpus,
         num_gpus=workers.caption_num_gpus or None,
-        fn_constructor_kwargs={"cfg": cfg, "seed": seed, "batch_size": workers.caption_batch_size},
-        compute=pool,
+        fn_constructor_kwargs=kwargs,
+        compute=ray.data.ActorPoolStrategy(size=workers.caption_actors),
     )
 
 
-def _endpoint(cfg: CaptionConfig, notify: Callable[[str], None] | None = None) -> CaptionEndpoint:
+def _endpoint(cfg: CaptionConfig) -> CaptionEndpoint:
     return CaptionEndpoint(
-        cfg.endpoint,
-        model=cfg.model,
-        sampling=cfg.sampling(),
-        max_side_px=cfg.max_side_px,
-        clean=cfg.clean,
-        notify=notify or log.warning,
+        cfg.endpoint, model=cfg.model, sampling=cfg.sampling(), max_side_px=cfg.max_side_px, clean=cfg.clean
     )

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from faithdiff.caption_text import SamplingSettings
-from faithdiff.captions import LlavaCaptioner, build_tiny_llava
+from faithdiff.captions import LlavaCaptioner, SeededDraw, build_tiny_llava
 from faithdiff.errors import InputError
 
 SAMPLING = SamplingSettings(temperature=1.0, top_p=0.9, max_new_tokens=8)
@@ -36,6 +37,29 @@ def test_a_caption_does_not_depend_on_its_batch(captioner: LlavaCaptioner) -> No
     assert all(together)
     assert together == captioner(images[::-1], keys=keys[::-1], seed=1)[::-1]
     assert together == [captioner([i], keys=[k], seed=1)[0] for i, k in zip(images, keys, strict=True)]
+
+
+def test_pictures_that_end_early_leave_the_others_in_step(tiny_llava_path: Path) -> None:
+    long = LlavaCaptioner.from_pretrained(
+        tiny_llava_path, sampling=SamplingSettings(temperature=1.0, top_p=1.0, max_new_tokens=60)
+    )
+    images, keys = pictures(5), ["a", "b", "c", "d", "e"]
+    alone, by_two, together = (
+        [text for i in range(0, 5, n) for text in long(images[i : i + n], keys=keys[i : i + n], seed=2)]
+        for n in (1, 2, 5)
+    )
+    assert alone == by_two == together
+    assert len({len(text.split()) for text in alone}) > 2, "they end at different words"
+
+
+def test_words_are_drawn_as_often_as_the_softmax_says() -> None:
+    scores = torch.tensor([[-torch.inf, 0.0, 1.0, 2.0, -torch.inf, 0.5, -torch.inf]])
+    num_draws = 4000
+    draw = SeededDraw([f"k{i}" for i in range(num_draws)], seed=0)
+    left = draw(torch.zeros(num_draws, 0, dtype=torch.long), scores.expand(num_draws, -1))
+    assert (left.exp().sum(dim=1) == 1).all()
+    share, expected = left.exp().mean(dim=0), scores.softmax(dim=1)[0]
+    assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / num_draws).sqrt()).all()
 
 
 def test_another_seed_or_key_gives_another_caption(captioner: LlavaCaptioner) -> None:

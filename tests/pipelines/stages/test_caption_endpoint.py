@@ -22,10 +22,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray.data
 from PIL import Image
 
 from faithdiff.caption_text import QUESTION, SYSTEM, SamplingSettings, clean_caption
 from pipelines.stages import caption_endpoint
+from pipelines.stages.caption import CaptionConfig, EndpointCaption, caption_stage, check_captioner
 from pipelines.stages.caption_endpoint import (
     EMPTY_ATTEMPTS,
     OWN_FAILURES,
@@ -35,6 +37,8 @@ from pipelines.stages.caption_endpoint import (
     EndpointDownError,
     request_seed,
 )
+from pipelines.stages.sample import Sample, read_table, to_table
+from pipelines.stages.workers import WorkersConfig
 from sr_platform.errors import RequestError
 
 MODEL, KEY = "tiny-vision", "sk-Very.Secret+1"
@@ -474,3 +478,91 @@ def test_an_address_that_is_none_or_holds_a_key_is_refused_without_repeating_the
 
 def test_a_slash_at_the_end_of_the_address_does_not_matter() -> None:
     assert EndpointConfig(base_url="http://host:8000/v1/").base_url == "http://host:8000/v1"
+
+
+def stage_config(server: Endpoint, **settings: Any) -> CaptionConfig:
+    return CaptionConfig(mode="endpoint", model=MODEL, endpoint=EndpointConfig(base_url=server.base_url, **settings))
+
+
+def crops(make_crop: Callable[..., Any], make_picture: Callable[..., np.ndarray], shard: int) -> list[Sample]:
+    """A shard: three crops to describe, one that has its caption, one that is lost already."""
+    hq = [make_picture(32, 32, 10 * shard + index).tobytes() for index in range(3)]
+    made = [make_crop(f"{shard}-{index}", shard=shard, hq=pixels) for index, pixels in enumerate(hq)]
+    return [
+        *made,
+        make_crop(f"{shard}-3", shard=shard, caption="A quiet harbour."),
+        make_crop(f"{shard}-4", shard=shard, problem="too flat: x", hq=b""),
+    ]
+
+
+def test_the_stage_asks_only_about_usable_crops_without_a_caption(
+    endpoint: Endpoint, make_crop: Callable[..., Any], make_picture: Callable[..., np.ndarray]
+) -> None:
+    given = crops(make_crop, make_picture, 0)
+    rows = read_table(EndpointCaption(stage_config(endpoint), seed=0)(to_table(given)))
+    assert len(endpoint.bodies) == 3
+    assert len({row.caption for row in rows[:3]}) == 3
+    assert rows[3:] == given[3:]
+    all_new = stage_config(endpoint).model_copy(update={"reuse_existing": False})
+    rows = read_table(EndpointCaption(all_new, seed=0)(to_table(given)))
+    assert len(endpoint.bodies) == 7
+    assert rows[3].caption.startswith("A ")
+    assert rows[3].caption != "A quiet harbour."
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [("400", "caption refused: HTTP 400: "), ("empty", "empty caption: the model said nothing, 4 times")],
+)
+def test_the_stage_sends_what_has_no_caption_to_quarantine(
+    endpoint: Endpoint,
+    make_crop: Callable[..., Any],
+    make_picture: Callable[..., np.ndarray],
+    fault: str,
+    problem: str,
+) -> None:
+    lost = make_picture(32, 32, 1)
+    endpoint.fault = lambda times, body: fault if is_picture(body, lost) else None
+    table = to_table(crops(make_crop, make_picture, 0))
+    rows = read_table(EndpointCaption(stage_config(endpoint), seed=0)(table))
+    assert [row.problem.startswith(problem) for row in rows] == [False, True, False, False, False]
+    assert [bool(row.caption) for row in rows] == [True, False, True, True, False]
+    assert rows[1].hq == b""
+
+
+def test_the_stage_is_checked_before_any_work(endpoint: Endpoint) -> None:
+    check_captioner(stage_config(endpoint))
+    with pytest.raises(RequestError, match=r"caption\.model is 'another'"):
+        check_captioner(stage_config(endpoint).model_copy(update={"model": "another"}))
+
+
+@pytest.mark.ray
+def test_two_actors_get_the_captions_of_this_process_from_a_failing_endpoint(
+    local_ray: None, endpoint: Endpoint, make_crop: Callable[..., Any], make_picture: Callable[..., np.ndarray]
+) -> None:
+    tables = [to_table(crops(make_crop, make_picture, shard)) for shard in range(3)]
+    here = [row for t in tables for row in read_table(EndpointCaption(stage_config(endpoint), seed=0)(t))]
+    faults = itertools.cycle(["500", "cut", "429", "page", "silent"])
+    endpoint.asked.clear()
+    endpoint.most_active = 0
+    endpoint.fault = lambda times, body: next(faults) if times == 0 else None
+    workers = WorkersConfig(num_cpus=0.5, caption_actors=2)
+    ds = caption_stage(ray.data.from_arrow(tables), stage_config(endpoint, max_in_flight=2), workers, seed=0)
+    rows = [Sample(**row) for row in ds.iter_rows()]
+    assert sorted(rows, key=lambda row: row.key) == here
+    assert 2 <= endpoint.most_active <= 4
+    assert set(endpoint.asked.values()) == {2}
+
+
+@pytest.mark.ray
+def test_a_long_outage_does_not_look_like_a_pipeline_that_is_stuck(
+    local_ray: None, endpoint: Endpoint, make_crop: Callable[..., Any]
+) -> None:
+    endpoint.retry_after = "2"
+    endpoint.fault = lambda times, body: "503" if times == 0 else None
+    ds = ray.data.from_arrow([to_table([make_crop("a")])])
+    ds.context.execution_no_progress_timeout_s = 1.0
+    ds = caption_stage(ds, stage_config(endpoint), WorkersConfig(num_cpus=0.5), seed=0)
+    (row,) = ds.iter_rows()
+    assert row["caption"].startswith("A ")
+    assert endpoint.times[1] - endpoint.times[0] > 1.95

@@ -3,15 +3,24 @@
     from faithdiff.degradation import PASD, D_LEVELS, degrade
     lq = degrade(hq, PASD, key="astronaut-00", seed=0)
 
-`recipes` holds the numbers as data, `parameters` draws one sample's parameters from them, `engine` executes what was
-drawn, `kernels` and `primitives` are the arithmetic.
+`recipes/` holds the numbers as data and `recipe` reads them, `parameters` draws one sample's parameters, `engine`
+executes what was drawn; `kernels`, `filtering`, `resizing`, `noise` and `jpeg` are the arithmetic on `levels`.
 """
 
 from __future__ import annotations
 
 from faithdiff.degradation.engine import apply_steps, degrade
-from faithdiff.degradation.parameters import BlurStep, JpegStep, NoiseStep, ResizeStep, Step, draw_parameters
-from faithdiff.degradation.recipes import D_LEVELS, PASD, RECIPES, Recipe, find_recipe
+from faithdiff.degradation.parameters import (
+    BlurStep,
+    JpegStep,
+    NoiseStep,
+    ResizeStep,
+    Step,
+    draw_parameters,
+    dump_steps,
+    load_steps,
+)
+from faithdiff.degradation.recipe import D_LEVELS, PASD, RECIPES, Recipe, find_recipe
 
 __all__ = [
     "D_LEVELS",
@@ -26,5 +35,7 @@ __all__ = [
     "apply_steps",
     "degrade",
     "draw_parameters",
+    "dump_steps",
     "find_recipe",
+    "load_steps",
 ]

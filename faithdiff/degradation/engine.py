@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from faithdiff.degradation import kernels, primitives
-from faithdiff.degradation.parameters import BlurStep, JpegStep, NoiseStep, ResizeStep, Step, draw_parameters
-from faithdiff.degradation.primitives import Picture
-from faithdiff.degradation.recipes import SCALE, Recipe, find_recipe
+from faithdiff.degradation import kernels
+from faithdiff.degradation.filtering import filter2d
+from faithdiff.degradation.jpeg import real_jpeg
+from faithdiff.degradation.levels import Picture, to_uint8, to_unit
+from faithdiff.degradation.noise import add_noise, gaussian_noise, poisson_noise
+from faithdiff.degradation.parameters import (
+    BlurStep,
+    JpegStep,
+    NoiseStep,
+    ResizeStep,
+    Step,
+    draw_parameters,
+    dump_steps,
+)
+from faithdiff.degradation.recipe import SCALE, Recipe, find_recipe
+from faithdiff.degradation.resizing import resize
+from faithdiff.degradation.simulated_jpeg import simulated_jpeg
 from faithdiff.errors import InputError
 
 
@@ -27,7 +39,8 @@ def degrade(
 ) -> NDArray[np.uint8]:
     """The degraded picture, uint8 RGB [H/4, W/4, 3], a function of the pixels and (recipe, seed, key, variant) alone.
 
-    `recipe` is a recipe or its name. `trace` receives one dict per step: its name and every drawn parameter.
+    `recipe` is a recipe, its name, or the path of a YAML file. `trace` receives one dict per step: its name and every
+    drawn parameter.
 
     Raises:
         InputError: hq is not uint8 RGB [H, W, 3] with sides divisible by 4, or no such recipe.
@@ -36,7 +49,7 @@ def degrade(
     recipe = find_recipe(recipe) if isinstance(recipe, str) else recipe
     steps = draw_parameters(recipe, key=key, seed=seed, variant=variant)
     if trace is not None:
-        trace.extend({"step": type(step).__name__, **dataclasses.asdict(step)} for step in steps)
+        trace.extend(dump_steps(steps))
     return apply_steps(hq, steps)
 
 
@@ -44,10 +57,10 @@ def apply_steps(hq: NDArray[np.uint8], steps: Iterable[Step], *, simulate_jpeg: 
     """`hq` after `steps`, rounded to 8 bit; `simulate_jpeg` takes the reference's simulated JPEG instead of libjpeg."""
     height, width = hq.shape[:2]
     lq_size = (height / SCALE, width / SCALE)
-    image = hq.astype(np.float32) / np.float32(255.0)
+    image = to_unit(hq)
     for step in steps:
         image = _apply(image, step, lq_size, simulate_jpeg)
-    return primitives.to_uint8(image)
+    return to_uint8(image)
 
 
 def check_hq(hq: NDArray[np.uint8]) -> None:
@@ -76,27 +89,27 @@ def blur_kernel(step: BlurStep) -> kernels.Kernel:
 
 def _apply(image: Picture, step: Step, lq_size: tuple[float, float], simulate_jpeg: bool) -> Picture:
     if isinstance(step, BlurStep):
-        return primitives.filter2d(image, blur_kernel(step))
+        return filter2d(image, blur_kernel(step))
     if isinstance(step, ResizeStep):
         return _resized(image, step, lq_size)
     if isinstance(step, NoiseStep):
-        return primitives.add_noise(image, _noise(image, step))
+        return add_noise(image, _noise(image, step))
     assert isinstance(step, JpegStep)
-    return (primitives.simulated_jpeg if simulate_jpeg else primitives.real_jpeg)(image, step.quality)
+    return (simulated_jpeg if simulate_jpeg else real_jpeg)(image, step.quality)
 
 
 def _resized(image: Picture, step: ResizeStep, lq_size: tuple[float, float]) -> Picture:
     height, width = lq_size if step.of == "lq" else image.shape[:2]
     size_px = (max(1, int(height * step.factor)), max(1, int(width * step.factor)))
-    if size_px == image.shape[:2]:
+    if step.factor == 1.0 and size_px == image.shape[:2]:
         return image
     if step.of == "lq" or 1 in size_px:
-        return primitives.resize(image, step.mode, size_px=size_px)
-    return primitives.resize(image, step.mode, factor=step.factor)
+        return resize(image, step.mode, size_px=size_px)
+    return resize(image, step.mode, factor=step.factor)
 
 
 def _noise(image: Picture, step: NoiseStep) -> Picture:
     rng = np.random.default_rng(step.noise_seed)
     if step.kind == "gaussian":
-        return primitives.gaussian_noise(image.shape, step.strength, gray=step.gray, rng=rng)
-    return primitives.poisson_noise(image, step.strength, gray=step.gray, rng=rng)
+        return gaussian_noise(image.shape, step.strength, gray=step.gray, rng=rng)
+    return poisson_noise(image, step.strength, gray=step.gray, rng=rng)

@@ -5,15 +5,16 @@ A step is plain data: dumped it is the audit record, and the same steps on the s
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from faithdiff.degradation.primitives import ResizeMode
-from faithdiff.degradation.recipes import BlurRecipe, NoiseRecipe, OrderRecipe, Range, Recipe, ResizeRecipe
+from faithdiff.degradation.recipe import BlurRecipe, NoiseRecipe, OrderRecipe, Range, Recipe, ResizeRecipe
+from faithdiff.degradation.resizing import ResizeMode
 from faithdiff.errors import InputError
 
 T = TypeVar("T")
@@ -61,6 +62,18 @@ class JpegStep:
 
 
 Step = BlurStep | ResizeStep | NoiseStep | JpegStep
+_STEPS: dict[str, type[Step]] = {cls.__name__: cls for cls in (BlurStep, ResizeStep, NoiseStep, JpegStep)}
+
+
+def dump_steps(steps: Iterable[Step]) -> list[dict[str, Any]]:
+    """One dict per step, ready for JSON: its name as `step`, and everything that was drawn for it."""
+    return [{"step": type(step).__name__, **dataclasses.asdict(step)} for step in steps]
+
+
+def load_steps(records: Iterable[Mapping[str, Any]]) -> tuple[Step, ...]:
+    """The steps that `dump_steps` wrote."""
+    plain = [dict(record) for record in records]
+    return tuple(_STEPS[record.pop("step")](**record) for record in plain)
 
 
 def sample_rng(seed: int, key: str, variant: int) -> np.random.Generator:

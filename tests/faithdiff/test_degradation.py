@@ -24,8 +24,13 @@ from faithdiff.degradation import (
     degrade,
     draw_parameters,
     kernels,
-    primitives,
 )
+from faithdiff.degradation.filtering import filter2d
+from faithdiff.degradation.jpeg import real_jpeg
+from faithdiff.degradation.levels import to_uint8
+from faithdiff.degradation.noise import add_noise, gaussian_noise, poisson_noise
+from faithdiff.degradation.resizing import resize
+from faithdiff.degradation.simulated_jpeg import simulated_jpeg
 from faithdiff.errors import InputError
 
 GoldenLoader = Callable[[str], Any]
@@ -74,7 +79,7 @@ def test_filtering_mirrors_at_the_border_as_the_released_code_does(
     golden: GoldenLoader, name: str, kernel: str
 ) -> None:
     case = golden(PRIMITIVES)
-    filtered = primitives.filter2d(unit(case["image_u8"]), case[kernel].numpy())
+    filtered = filter2d(unit(case["image_u8"]), case[kernel].numpy())
     assert case.max_error(f"filter2D_{name}", chw(filtered)) <= 1e-6
 
 
@@ -83,16 +88,16 @@ def test_resizing_equals_interpolation_without_antialiasing(golden: GoldenLoader
     case = golden(PRIMITIVES)
     image = unit(case["image_u8"])
     for factor in (0.37, 1.31):
-        resized = primitives.resize(image, mode, factor=factor)
+        resized = resize(image, mode, factor=factor)
         assert case.max_error(f"interp_{mode}_sf{factor}", chw(resized)) <= 1e-6
-    resized = primitives.resize(image, mode, size_px=(10, 13))
+    resized = resize(image, mode, size_px=(10, 13))
     assert case.max_error(f"interp_{mode}_size", chw(resized)) <= 1e-6
 
 
 @pytest.mark.parametrize("quality", [30.0, 60.0, 75.5, 95.0])
 def test_simulated_jpeg_equals_the_released_one(golden: GoldenLoader, quality: float) -> None:
     case = golden(PRIMITIVES)
-    compressed = primitives.simulated_jpeg(unit(case["image_u8"]), quality)
+    compressed = simulated_jpeg(unit(case["image_u8"]), quality)
     assert case.max_error(f"jpeg_q{quality}", chw(compressed)) <= 1e-6
 
 
@@ -100,11 +105,9 @@ def test_simulated_jpeg_of_a_batch_is_the_same_for_each_picture(golden: GoldenLo
     case = golden(PRIMITIVES)
     image = unit(case["image_u8"])
     flips = [image[::-1].copy(), image[:, ::-1].copy(), image[::-1, ::-1].copy()]
-    np.testing.assert_allclose(
-        primitives.simulated_jpeg(image, 40.0), hwc(case["jpeg_batch_q40_q80"][0]), atol=1e-6, rtol=0
-    )
+    np.testing.assert_allclose(simulated_jpeg(image, 40.0), hwc(case["jpeg_batch_q40_q80"][0]), atol=1e-6, rtol=0)
     expected = hwc(case["jpeg_batch_q40_q80"][1])
-    assert min(np.abs(primitives.simulated_jpeg(flip, 80.0) - expected).max() for flip in flips) <= 1e-6
+    assert min(np.abs(simulated_jpeg(flip, 80.0) - expected).max() for flip in flips) <= 1e-6
 
 
 @pytest.mark.parametrize("gray", [False, True])
@@ -117,9 +120,9 @@ def test_noise_has_the_mean_and_spread_of_the_released_noise(golden: GoldenLoade
     for seed in range(20):
         rng = np.random.default_rng(seed)
         if kind == "gauss":
-            fields.append(primitives.gaussian_noise(image.shape, 12.0, gray=gray, rng=rng))
+            fields.append(gaussian_noise(image.shape, 12.0, gray=gray, rng=rng))
         else:
-            fields.append(primitives.poisson_noise(image, 1.4, gray=gray, rng=rng))
+            fields.append(poisson_noise(image, 1.4, gray=gray, rng=rng))
     assert fields[0].shape[2] == (1 if gray else 3)
     assert np.mean([f.mean() for f in fields]) == pytest.approx(0.0, abs=1e-3)
     assert np.mean([f.std() for f in fields]) == pytest.approx(expected.std(), rel=0.03)
@@ -128,19 +131,19 @@ def test_noise_has_the_mean_and_spread_of_the_released_noise(golden: GoldenLoade
 
 def replay(image: np.ndarray, step: dict[str, Any], case: Any) -> np.ndarray:
     if step["op"] == "filter2D":
-        return primitives.filter2d(image, case[step["kernel"]].numpy())
+        return filter2d(image, case[step["kernel"]].numpy())
     if step["op"] == "resize":
         size = tuple(step["size"]) if "size" in step else None
-        return primitives.resize(image, step["mode"], factor=step.get("scale_factor"), size_px=size)
+        return resize(image, step["mode"], factor=step.get("scale_factor"), size_px=size)
     assert step["op"] == "jpeg"
-    return primitives.simulated_jpeg(image, step["quality"])
+    return simulated_jpeg(image, step["quality"])
 
 
 def drawn_noise(image: np.ndarray, step: dict[str, Any]) -> np.ndarray:
     rng = np.random.default_rng(0)
     if step["kind"] == "gaussian":
-        return primitives.gaussian_noise(image.shape, step["sigma"], gray=bool(step["gray"]), rng=rng)
-    return primitives.poisson_noise(image, step["scale"], gray=bool(step["gray"]), rng=rng)
+        return gaussian_noise(image.shape, step["sigma"], gray=bool(step["gray"]), rng=rng)
+    return poisson_noise(image, step["scale"], gray=bool(step["gray"]), rng=rng)
 
 
 @pytest.mark.parametrize("run", ["s0", "s1"])
@@ -151,7 +154,7 @@ def test_a_recorded_run_replays_stage_by_stage(golden: GoldenLoader, run: str) -
         expected = hwc(case[step["out"]])
         if step["op"] == "noise":
             # The field itself is not in the file (its name holds the picture after it), its size is.
-            ours = primitives.add_noise(image, drawn_noise(image, step)) - image
+            ours = add_noise(image, drawn_noise(image, step)) - image
             assert ours.std() == pytest.approx((expected - image).std(), rel=0.1), step["out"]
         else:
             # torch's own float32 sum over a 21x21 kernel is off by up to 2e-6; a JPEG coefficient on a rounding
@@ -162,14 +165,14 @@ def test_a_recorded_run_replays_stage_by_stage(golden: GoldenLoader, run: str) -
             case.max_error(step["out"], chw(replayed)[None])
             assert off.mean() <= allowed, f"{step['out']}: {off.mean():.2%} of the values differ"
         image = expected
-    np.testing.assert_array_equal(primitives.to_uint8(image), primitives.to_uint8(hwc(case[f"{run}_lq"])))
+    np.testing.assert_array_equal(to_uint8(image), to_uint8(hwc(case[f"{run}_lq"])))
 
 
 def test_real_and_simulated_jpeg_lose_the_same_amount(golden: GoldenLoader) -> None:
     image = unit(golden(TRACE)["hr_u8"])
     for quality in (35.0, 60.0, 95.0):
-        real = np.square(primitives.real_jpeg(image, quality) - image).mean()
-        simulated = np.square(primitives.simulated_jpeg(image, quality) - image).mean()
+        real = np.square(real_jpeg(image, quality) - image).mean()
+        simulated = np.square(simulated_jpeg(image, quality) - image).mean()
         assert 10 * abs(math.log10(real / simulated)) < 1.0
 
 
@@ -187,7 +190,7 @@ def test_lq_is_a_quarter_of_hq_and_depends_on_seed_key_and_variant_alone(recipe:
 
 def test_the_levels_are_ordered_by_what_they_destroy() -> None:
     hq = photograph()
-    small = primitives.resize(unit(torch.from_numpy(hq)), "area", size_px=(32, 40))
+    small = resize(unit(torch.from_numpy(hq)), "area", size_px=(32, 40))
 
     def loss(level: str) -> float:
         degraded = [degrade(hq, D_LEVELS[level], key=f"k{i}", seed=0) for i in range(40)]

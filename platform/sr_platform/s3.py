@@ -1,7 +1,7 @@
 """The S3 requests that storage is made of. Each asks once, and returns all it asked for or raises.
 
 Retries are storage.py's: it alone knows how long to be patient. s3fs finds endpoint, region and credentials as boto
-does (AWS_ENDPOINT_URL, AWS_PROFILE, ...). Its `exists` and `isfile` are not used: they take an error for "no".
+does (AWS_ENDPOINT_URL, AWS_PROFILE, ...). Only its session is used: its `exists` and `isfile` take an error for "no".
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import botocore.exceptions
 import botocore.parsers
 import fsspec
 from fsspec.asyn import sync
+from s3fs.errors import translate_boto_error
 
 from sr_platform.errors import RequestError
 
@@ -82,7 +83,7 @@ def list_page(prefix: str, token: str) -> tuple[dict[str, tuple[int, str]], str]
     bucket, _, key = prefix.removeprefix("s3://").partition("/")
     more = {"ContinuationToken": token} if token else {}
     kwargs = {"Bucket": bucket, "Prefix": key, "MaxKeys": PAGE_KEYS, **more}
-    page = _run(lambda fs: fs._call_s3("list_objects_v2", **kwargs))
+    page = _run(lambda fs: _call(fs, "list_objects_v2", **kwargs))
     # Consoles mark empty folders by objects whose names end in a slash.
     objects = [o for o in page.get("Contents", []) if not o["Key"].endswith("/")]
     held = {f"s3://{bucket}/{o['Key']}": (int(o["Size"]), str(o["ETag"])) for o in objects}
@@ -94,7 +95,7 @@ async def _get(fs: Any, path: str, start: int, end: int | None) -> bytes:
     # Always a range, even of the whole: the answer then says how long the object is.
     wanted = f"bytes={start}-{'' if end is None else end - 1}"
     try:
-        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=wanted)
+        answer = await _call(fs, "get_object", Bucket=bucket, Key=key, Range=wanted)
     except OSError as error:
         if _status(error) == _INVALID_RANGE:  # the object ends before `start`
             return b""
@@ -112,7 +113,15 @@ async def _get(fs: Any, path: str, start: int, end: int | None) -> bytes:
 
 def _request(method: str, path: str, **kwargs: Any) -> Any:
     bucket, key = _bucket_and_key(path)
-    return _run(lambda fs: fs._call_s3(method, Bucket=bucket, Key=key, **kwargs))
+    return _run(lambda fs: _call(fs, method, Bucket=bucket, Key=key, **kwargs))
+
+
+async def _call(fs: Any, method: str, **kwargs: Any) -> Any:
+    client = await fs.set_session()
+    try:
+        return await getattr(client, method)(**kwargs)
+    except botocore.exceptions.ClientError as error:
+        raise translate_boto_error(error) from error
 
 
 def _run(call: Callable[[Any], Any]) -> Any:
@@ -124,14 +133,12 @@ def _run(call: Callable[[Any], Any]) -> Any:
 def filesystem(process: int) -> Any:
     """The one s3fs of a process: its connections are shared by all threads, which fsspec would keep apart."""
     config = {
-        "retries": {"max_attempts": 1, "mode": "standard"},
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
         "connect_timeout": 10,
         "read_timeout": 30,
         "max_pool_connections": MAX_CONNECTIONS,
     }
-    fs = fsspec.filesystem("s3", config_kwargs=config, use_listings_cache=False, skip_instance_cache=True)
-    fs.retries = 1
-    return fs
+    return fsspec.filesystem("s3", config_kwargs=config, use_listings_cache=False, skip_instance_cache=True)
 
 
 def _bucket_and_key(path: str) -> tuple[str, str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+import aiohttp
+import botocore.exceptions
+import botocore.parsers
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 
+from sr_platform import s3
 from sr_platform import storage as storage_module
 from sr_platform.errors import InputDataError, RequestError, StorageError
 from sr_platform.storage import Storage, open_storage
@@ -64,15 +67,6 @@ def test_a_name_cannot_leave_the_storage(storage: Storage, name: str) -> None:
         storage.read_bytes(name)
 
 
-def test_an_s3_file_is_published_by_a_single_put(s3_uri: str) -> None:
-    data = bytes(12 * 2**20)
-    storage = open_storage(s3_uri)
-    storage.write_bytes_atomic("large.tar", data)
-    # An upload in parts would carry the number of parts in its tag: "...-3".
-    assert "-" not in storage._filesystem().info(f"{s3_uri}/large.tar")["ETag"]
-    assert storage.size("large.tar") == len(data)
-
-
 def test_a_missing_bucket_lists_nothing_and_cannot_be_read(s3_uri: str) -> None:
     storage = open_storage(s3_uri + "-of-nobody")
     assert storage.list() == []
@@ -103,7 +97,7 @@ def test_a_failed_local_write_leaves_the_old_file_and_no_leftovers(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(StorageError, match=r"x still failed after 4 attempts: .*No space left"):
+    with pytest.raises(StorageError, match=r"x still failed after 10 attempts: .*No space left"):
         storage.write_bytes_atomic("x", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert storage.read_bytes("x") == b"old"
@@ -115,32 +109,89 @@ def test_unfinished_files_of_a_killed_writer_are_not_listed(tmp_path: Path) -> N
 
 
 class Unsteady:
-    """A filesystem that fails a number of times before it works."""
+    """A read that fails a number of times before it works."""
 
     def __init__(self, failures: int, error: Exception) -> None:
         self.failures, self.error, self.calls = failures, error, 0
 
-    def cat_file(self, path: str, **kwargs: Any) -> bytes:
+    def __call__(self) -> bytes:
         self.calls += 1
         if self.calls <= self.failures:
             raise self.error
-        return bytes(LocalFileSystem().cat_file(path, **kwargs))
+        return b"1"
 
 
-def test_passing_failures_are_retried_and_lasting_ones_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(5, "Input/output error"),
+        ConnectionResetError("cut"),
+        TimeoutError(),
+        aiohttp.ClientPayloadError("Response payload is not completed"),
+        botocore.exceptions.ReadTimeoutError(endpoint_url="http://x"),
+        botocore.exceptions.ClientError({"Error": {"Code": "SlowDown"}}, "GetObject"),
+        botocore.parsers.ResponseParserError("half an answer"),
+        s3.ShortReadError("3 of 5 bytes arrived"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_passing_failures_are_waited_out(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    unsteady = Unsteady(9, error)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: unsteady())
+    assert open_storage(tmp_path).read_bytes("x") == b"1"
+    assert unsteady.calls == 10
+    # About a minute in all, in waits that grow up to a limit and differ from worker to worker.
+    assert 30 < sum(waits) < 90
+    assert all(0.75 * w <= actual <= 1.25 * w for w, actual in zip((0.2, 0.4, 0.8, 1.6, 3.2), waits, strict=False))
+    assert max(waits) <= 1.25 * storage_module.LONGEST_WAIT_S
+
+
+def test_lasting_failures_and_refusals_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_module, "FIRST_WAIT_S", 0.0)
     storage = open_storage(tmp_path)
-    storage.write_bytes_atomic("x", b"1")
-    unsteady = Unsteady(3, OSError("SlowDown"))
-    monkeypatch.setattr(Storage, "_filesystem", lambda self: unsteady)
-    assert storage.read_bytes("x") == b"1"
-    assert unsteady.calls == 4
     broken = Unsteady(99, ConnectionResetError("cut"))
-    monkeypatch.setattr(Storage, "_filesystem", lambda self: broken)
-    with pytest.raises(StorageError, match="still failed after 4 attempts: cut"):
+    monkeypatch.setattr(Path, "read_bytes", lambda path: broken())
+    with pytest.raises(StorageError, match="x still failed after 10 attempts: cut"):
         storage.read_bytes("x")
     refused = Unsteady(99, PermissionError("Forbidden"))
-    monkeypatch.setattr(Storage, "_filesystem", lambda self: refused)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: refused())
     with pytest.raises(RequestError, match="refused: Forbidden; check credentials"):
         storage.read_bytes("x")
     assert refused.calls == 1
+
+
+def test_a_file_in_the_place_of_a_folder_is_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"")
+    with pytest.raises(RequestError, match=r"data/x.*a file is where a folder should be|data/x does not exist"):
+        open_storage(tmp_path / "data").write_bytes_atomic("x", b"1")
+
+
+def test_a_large_file_is_read_in_pieces(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "CHUNK_BYTES", 1000)
+    data = bytes(range(256)) * 40
+    storage.write_bytes_atomic("x", data)
+    pieces = list(storage.read_chunks("x"))
+    assert b"".join(pieces) == data
+    assert [len(piece) for piece in pieces] == [1000] * 10 + [240]
+    assert storage.read_ranges([("x", 500, 600), ("x", 0, 3), ("x", 10200, 99999)]) == [
+        data[500:600],
+        data[:3],
+        data[10200:],
+    ]
+
+
+def test_threads_may_share_a_storage(storage: Storage) -> None:
+    names = [f"f{i}" for i in range(40)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: storage.write_bytes_atomic(name, name.encode() * 1000), names))
+        assert list(pool.map(storage.read_bytes, names)) == [name.encode() * 1000 for name in names]
+    assert storage.sizes() == {name: 1000 * len(name) for name in names}
+
+
+def test_files_are_found_through_links_and_links_to_nowhere_are_not(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "broken").symlink_to("nowhere")
+    assert open_storage(tmp_path).list() == ["file", "link"]

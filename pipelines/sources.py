@@ -10,6 +10,7 @@ A recipe names sources; what it leaves out is filled from the catalogue (`recipe
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -81,6 +82,14 @@ class SourceConfig(StrictConfig):
     """Shortest and longest side that a whole picture is resized to; the side is drawn between them."""
     quality: QualityConfig | None = None
 
+    @pydantic.field_validator("include", "exclude")
+    @classmethod
+    def _patterns_are_possible(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if any("**" in part and part != "**" for part in pattern.split("/")):
+                raise ValueError(f"pattern {pattern!r}: ** stands for whole folders; write **/ or /**, or a single *")
+        return patterns
+
     @pydantic.model_validator(mode="after")
     def _sizes_are_ordered(self) -> SourceConfig:
         if self.resize_px and self.resize_px[0] > self.resize_px[1]:
@@ -144,4 +153,9 @@ def _filled(source: SourceConfig, known: dict[str, dict[str, Any]]) -> SourceCon
 
 
 def _matches(patterns: Sequence[str], path: str) -> bool:
-    return any(re.match(glob_translate(pattern), path, re.IGNORECASE) for pattern in patterns)
+    return any(_pattern(pattern).match(path) for pattern in patterns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _pattern(pattern: str) -> re.Pattern[str]:
+    return re.compile(glob_translate(pattern), re.IGNORECASE)

@@ -1,5 +1,6 @@
 # make demo   the whole road at nano size: photographs -> shards -> training -> registry -> endpoint -> picture
 # make test   every test          make check   format, lint, types, layout          make bench   benchmarks
+# make soak   the long tests: many kills, bad storage
 # Each target first installs what it needs into .venv, again only when the pins change.
 
 PYTHON ?= python3
@@ -9,13 +10,16 @@ PINS   := $(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
 STAMP  := $(VENV)/.installed-$(PINS)
 OUT    ?= out/demo
 
-.PHONY: demo test check bench format install clean
+.PHONY: demo test soak check bench format install clean
 
 demo: $(STAMP)
 	$(BIN)/python pipelines/demo.py --out $(OUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak -s
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

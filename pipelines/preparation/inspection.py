@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from faithdiff.degradation import degrade, draw_parameters, find_recipe
+from faithdiff.degradation import Recipe, Step, degrade, draw_parameters
+from faithdiff.degradation.recipe import recipe_from
 from pipelines.sources import source_of
 from pipelines.stages.write import lq_suffix
 from sr_platform.config import StrictConfig, load_config
@@ -48,7 +50,7 @@ def inspect_command(argv: Sequence[str]) -> None:
         cfg.save.mkdir(parents=True, exist_ok=True)
         for suffix, data in sample.items():
             (cfg.save / f"{cfg.key}.{suffix}").write_bytes(data)
-        print(f"saved        {len(sample)} files in {cfg.save}")
+        print(f"{'saved':<15}{len(sample)} files in {cfg.save}")
 
 
 def verify_command(argv: Sequence[str]) -> None:
@@ -77,21 +79,31 @@ def sample_account(manifest: Manifest, key: str, sample: dict[str, bytes]) -> st
     lines += [("dataset", f"{manifest.digest[:16]}, recipe {manifest.recipe_digest[:16]}")]
     lines += [(f".{suffix}", f"{len(data)} bytes") for suffix, data in sample.items()]
     if "lq.png" in sample:
-        lines += _degradation_lines(about, key, sample)
-    return "\n".join(f"{name:<13}{value}" for name, value in lines)
+        recipe = recipe_from(manifest.recipe["degrade"]["content"], where=f"recipe of {key}")
+        lines += _degradation_lines(recipe, about, key, sample)
+    return "\n".join(f"{name:<15}{value}" for name, value in lines if value)
 
 
-def _degradation_lines(about: dict[str, Any], key: str, sample: dict[str, bytes]) -> list[tuple[str, str]]:
+def _degradation_lines(
+    recipe: Recipe, about: dict[str, Any], key: str, sample: dict[str, bytes]
+) -> list[tuple[str, str]]:
     hq, lines, variant = _pixels(sample["hq.png"]), [], 0
-    recipe = find_recipe(about["recipe"])
     while (suffix := lq_suffix(variant)) in sample:
         steps = draw_parameters(recipe, key=key, seed=about["seed"], variant=variant)
         again = degrade(hq, recipe, key=key, seed=about["seed"], variant=variant)
         equal = np.array_equal(again, _pixels(sample[suffix]))
         lines.append((suffix, "made again from hq: " + ("equal" if equal else "DIFFERENT")))
-        lines += [(f"  {number}", str(step)) for number, step in enumerate(steps)]
+        lines += [(f"  {type(step).__name__}", _drawn(step)) for step in steps]
         variant += 1
     return lines
+
+
+def _drawn(step: Step) -> str:
+    """The parameters that the step uses, as "size_px=7, cutoff_rad=1.208"."""
+    used = {f.name: getattr(step, f.name) for f in dataclasses.fields(step) if getattr(step, f.name) != f.default}
+    return ", ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in used.items()
+    )
 
 
 def _pixels(png: bytes) -> NDArray[np.uint8]:

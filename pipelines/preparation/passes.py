@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import ray.data
 from ray.exceptions import RayTaskError
 
+from faithdiff.degradation import find_recipe
 from faithdiff.errors import InputError
 from pipelines.preparation.ceiling import Ceiling
 from pipelines.preparation.destination import LISTING
@@ -102,7 +103,11 @@ def dataset(
     sha256 = plan.sha256
     rows = [{"shard": shard.index, "pictures": picture_rows(shard.pictures, sha256)} for shard in todo]
     workers, sources = cfg.workers.for_shards(len(rows)), list(sources)
-    about = {"recipe": cfg.degrade.recipe, "recipe_digest": json_digest(plan.recipe), "seed": cfg.seed}
+    about = {
+        "recipe": find_recipe(cfg.degrade.recipe).name,
+        "recipe_digest": json_digest(plan.recipe),
+        "seed": cfg.seed,
+    }
     groups = {source.name: source.group or "" for source in sources}
     ds = ray.data.from_items(rows, override_num_blocks=len(rows))
     ds = ingest_stage(ds, sources, f"{open_storage(cfg.out).uri}/{LISTING}", workers)
@@ -122,8 +127,8 @@ def _expected(cfg: PrepareConfig, shards: Sequence[PlannedShard]) -> dict[str, i
 @contextmanager
 def quiet_ray_data() -> Iterator[None]:
     """Ray Data with a block per shard, without its own bars, and our errors as themselves."""
-    # Its own account of every operator, and the remark that its bars are off.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Its account of every operator, and of every error that we raise or mend ourselves.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = None
     context.enable_progress_bars = False
@@ -131,6 +136,7 @@ def quiet_ray_data() -> Iterator[None]:
         try:
             yield
         except RayTaskError as error:
-            if isinstance(error.cause, (RequestError, InputError)):
-                raise error.cause from error
-            raise
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, (RequestError, InputError)):
+                cause = getattr(cause, "cause", None) or cause.__cause__
+            raise cause or error from error

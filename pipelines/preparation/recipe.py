@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import pydantic
 
+from faithdiff.degradation import find_recipe
 from pipelines.preparation.ceiling import QuarantineConfig
 from pipelines.sources import SourceConfig, resolve_sources
 from pipelines.stages.caption import NOT_CONTENT as CAPTION_NOT_CONTENT
@@ -93,7 +94,7 @@ class PrepareConfig(StrictConfig):
         """The settings that decide the content of the shards; not where they lie or who works on them."""
         content = self.model_dump(mode="json", exclude=_NOT_CONTENT)
         content["caption"] = self.caption.model_dump(mode="json", exclude=CAPTION_NOT_CONTENT)
-        content["degrade"] = self.degrade.content()
+        content["degrade"]["content"] = find_recipe(self.degrade.recipe).as_dict()
         content["sources"] = [source.model_dump(mode="json", exclude={"uri"}) for source in sources]
         return content
 

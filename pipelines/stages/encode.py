@@ -62,12 +62,14 @@ class Encode:
         return dataclasses.replace(sample, latents=encoding.to_bytes())
 
 
-def encode_stage(ds: ray.data.Dataset, cfg: EncodeConfig, workers: WorkersConfig) -> ray.data.Dataset:
+def encode_stage(ds: ray.data.Dataset, cfg: EncodeConfig, workers: WorkersConfig, *, seed: int) -> ray.data.Dataset:
+    """`seed` is what every stage gets; nothing is drawn here, because training draws from the stored posterior."""
     if not cfg.model:
         return ds
     return map_shards(
         ds,
         Encode,
+        name="encode",
         num_cpus=workers.num_cpus,
         num_gpus=workers.encode_num_gpus or None,
         fn_constructor_kwargs={"cfg": cfg},

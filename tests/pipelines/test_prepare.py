@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,19 @@ import pytest
 
 from faithdiff.captions import build_tiny_llava
 from faithdiff.degradation import PASD, degrade
-from pipelines.prepare import PrepareConfig, main, prepare
+from pipelines.preparation.recipe import PrepareConfig
+from pipelines.prepare import main, prepare
 from sr_platform.cluster import REPOSITORY_PATH
 from sr_platform.config import read_recipe, validate
 from sr_platform.errors import ConfigError, InputDataError
-from sr_platform.shards import Manifest, SampleReader, read_manifest, verify_shard
+from sr_platform.sample_reader import SampleReader
+from sr_platform.shards import Manifest, read_manifest
 from sr_platform.storage import open_storage
+from sr_platform.verification import verify_dataset
 
 RECIPE: dict[str, Any] = {
     "name": "test",
-    "pictures_per_shard": 2,
+    "samples_per_shard": 5,
     "filter": {"min_side_px": 64},
     "crop": {"size_px": 32, "max_per_picture": 3},
 }
@@ -36,36 +42,43 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
+def content(out: Path) -> dict[str, bytes]:
+    """Without what knows the times of the input files."""
+    return {name: data for name, data in contents(out).items() if name not in ("plan.json", "survey.parquet")}
+
+
 @pytest.mark.ray
-def test_shards_and_digest_do_not_depend_on_workers_and_nothing_is_lost(
+def test_shards_and_digest_do_not_depend_on_workers_or_batches_and_nothing_is_lost(
     picture_folder: Path, tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = prepare(config(picture_folder, tmp_path / "one", workers={"degrade_actors": 1}))
-    two = prepare(config(picture_folder, tmp_path / "two", workers={"degrade_actors": 3, "num_cpus": 0.25}))
+    one = prepare(config(picture_folder, tmp_path / "one", workers={"num_cpus": 6.0}))
+    two = prepare(config(picture_folder, tmp_path / "two", workers={"num_cpus": 0.5, "caption_batch_size": 3}))
     assert one == two
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert content(tmp_path / "one") == content(tmp_path / "two")
     assert_everything_is_accounted_for(tmp_path / "one", one)
     assert "samples      15" in capsys.readouterr().out
 
-    again = prepare(config(picture_folder, tmp_path / "one", workers={"degrade_actors": 2}))
+    again = prepare(config(picture_folder, tmp_path / "one", workers={"num_cpus": 2.0}))
     assert again == one
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"was made with other settings \(crop.max_per_picture, seed\)"):
         prepare(config(picture_folder, tmp_path / "one", seed=1, crop={"size_px": 32, "max_per_picture": 2}))
+    (picture_folder / "flat.png").touch()
+    assert prepare(config(picture_folder, tmp_path / "one")) == one
     (picture_folder / "small.png").unlink()
-    with pytest.raises(ConfigError, match="was made with other pictures"):
+    with pytest.raises(ConfigError, match=r"was made with other pictures \(9 then, 8 now\)"):
         prepare(config(picture_folder, tmp_path / "one"))
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
 def assert_everything_is_accounted_for(out: Path, manifest: Manifest) -> None:
     rejected = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     reasons = {line["source"]: line["reason"] for line in rejected}
     assert reasons == {
-        "flat.png": "too flat",
-        "small.png": "too small",
-        "truncated.png": "unreadable",
-        "zero.jpg": "unreadable",
+        "pictures/flat.png": "too flat",
+        "pictures/small.png": "too small",
+        "pictures/truncated.png": "unreadable",
+        "pictures/zero.jpg": "unreadable",
     }
     assert manifest.counts == {
         "pictures": 9,
@@ -76,11 +89,13 @@ def assert_everything_is_accounted_for(out: Path, manifest: Manifest) -> None:
     }
     reader = SampleReader(str(out))
     abouts = [json.loads(reader[index]["json"]) for index in range(len(reader))]
-    assert {about["source"] for about in abouts} == {"deep/0.png", *(f"red_house_{i}.png" for i in range(4))}
+    assert {about["source"] for about in abouts} == {
+        "pictures/deep/0.png",
+        *(f"pictures/red_house_{i}.png" for i in range(4)),
+    }
     assert {about["caption"] for about in abouts} == {"A quiet harbour.", "A photograph: red house"}
     assert len(set(reader.keys)) == 15
-    for shard in manifest.shards:
-        verify_shard(open_storage(out), shard)
+    assert verify_dataset(str(out)) == []
     assert_a_sample_can_be_made_again(reader)
 
 
@@ -98,23 +113,95 @@ def assert_a_sample_can_be_made_again(reader: SampleReader) -> None:
 
 
 @pytest.mark.ray
-def test_an_interrupted_run_is_finished_by_the_same_command(
+def test_an_interrupted_run_redoes_only_what_is_unfinished(
+    picture_folder: Path, tmp_path: Path, local_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(picture_folder, tmp_path / "out")
+    sources = cfg.resolved_sources()
+    whole = prepare(config(picture_folder, tmp_path / "whole"))
+    out = open_storage(cfg.out)
+    half_done(cfg)
+    kept = (tmp_path / "out" / "shards" / "test-000001.tar").stat()
+    assert not out.exists("manifest.json")
+    capsys.readouterr()
+    assert prepare(cfg) == whole
+    assert f"1 of {len(whole.shards)} shards are there already" in capsys.readouterr().out
+    assert (tmp_path / "out" / "shards" / "test-000001.tar").stat().st_ino == kept.st_ino
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert [source.name for source in sources] == ["pictures"]
+
+
+def half_done(cfg: PrepareConfig) -> None:
+    """What a run leaves behind that was killed after its second shard."""
+    from pipelines.preparation.ceiling import Ceiling
+    from pipelines.preparation.passes import make_shards, plan_of, quiet_ray_data, survey_pictures
+    from pipelines.stages.ingest import list_pictures
+    from sr_platform.publication import json_lines
+
+    out, sources = open_storage(cfg.out), cfg.resolved_sources()
+    pictures = list_pictures(sources, open_storage(f"{out.uri}/listing"))
+    ceiling = Ceiling(cfg.quarantine, len(pictures), out)
+    with quiet_ray_data():
+        plan = plan_of(cfg, sources, pictures, survey_pictures(cfg, sources, pictures, ceiling))
+        out.write_bytes_atomic("plan.json", json_lines([plan.record()]))
+        make_shards(cfg, sources, dataclasses.replace(plan, shards=plan.shards[1:2]), ceiling)
+
+
+@pytest.mark.ray
+def test_a_picture_that_changes_while_the_job_runs_stops_it(
+    picture_folder: Path, picture_file: Callable[..., bytes], tmp_path: Path, local_ray: None
+) -> None:
+    from pipelines.preparation.ceiling import Ceiling
+    from pipelines.preparation.passes import make_shards, plan_of, quiet_ray_data, survey_pictures
+    from pipelines.stages.ingest import list_pictures
+
+    cfg = config(picture_folder, tmp_path / "out")
+    out, sources = open_storage(cfg.out), cfg.resolved_sources()
+    pictures = list_pictures(sources, open_storage(f"{out.uri}/listing"))
+    ceiling = Ceiling(cfg.quarantine, len(pictures), out)
+    with quiet_ray_data():
+        plan = plan_of(cfg, sources, pictures, survey_pictures(cfg, sources, pictures, ceiling))
+        (picture_folder / "red_house_1.png").write_bytes(picture_file(90, 90, 77))
+        with pytest.raises(InputDataError, match=r"red_house_1\.png.*changed"):
+            make_shards(cfg, sources, plan, ceiling)
+    assert not out.exists("manifest.json")
+
+
+@pytest.mark.ray
+def test_variants_groups_and_kept_parameters_reach_the_shards(
     picture_folder: Path, tmp_path: Path, local_ray: None
 ) -> None:
-    out = tmp_path / "out"
-    whole = prepare(config(picture_folder, out))
-    before = contents(out)
-    (out / "manifest.json").unlink()
-    (out / whole.shards[0].name).unlink()
-    assert prepare(config(picture_folder, out)) == whole
-    assert contents(out) == before
+    (tmp_path / "faces").mkdir()
+    for index in range(3):
+        shutil.copy(picture_folder / f"red_house_{index}.png", tmp_path / "faces" / f"{index}.png")
+        (picture_folder / f"red_house_{index}.png").unlink()
+    sources = [
+        {"name": "houses", "uri": "pictures", "licence": "CC0"},
+        {"name": "people", "uri": "faces", "licence": "own", "group": "faces", "cut": "whole", "resize_px": [64, 96]},
+    ]
+    cfg = config(
+        tmp_path,
+        tmp_path / "out",
+        sources=sources,
+        mixture={"nature": 0.75, "faces": 0.25},
+        degrade={"variants": 2, "keep_parameters": True},
+    )
+    manifest = prepare(cfg)
+    assert (manifest.mixture, manifest.licences) == ({"faces": 0.25, "nature": 0.75}, ["CC0", "own"])
+    reader = SampleReader(str(tmp_path / "out"))
+    assert {name: len(indices) for name, indices in reader.groups.items()} == {"nature": 5, "faces": 3}
+    face = reader[int(reader.groups["faces"][0])]
+    assert set(face) == {"hq.png", "lq.png", "lq1.png", "json"}
+    about = json.loads(face["json"])
+    assert 64 <= about["size"][0] <= 96
+    assert len(about["degradation"]) == 2
 
 
 @pytest.mark.ray
 def test_a_llava_model_captions_every_crop(picture_folder: Path, tmp_path: Path, local_ray: None) -> None:
     model = build_tiny_llava(tmp_path / "llava")
     caption = {"mode": "llava", "model": str(model), "dtype": "float32", "max_new_tokens": 8, "temperature": 1.0}
-    workers = {"caption_batch_size": 2, "degrade_actors": 1}
+    workers = {"caption_batch_size": 2}
     manifest = prepare(config(picture_folder, tmp_path / "out", caption=caption, workers=workers))
     reader = SampleReader(str(tmp_path / "out"))
     captions = [json.loads(reader[index]["json"])["caption"] for index in range(len(reader))]
@@ -135,7 +222,7 @@ def test_pictures_of_which_none_is_usable_leave_nothing_behind(tmp_path: Path, l
     folder = tmp_path / "pictures"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"no picture")
-    with pytest.raises(InputDataError, match=r"holds no usable picture \(1 unreadable; a.png: not a picture"):
+    with pytest.raises(InputDataError, match=r"holds no usable picture \(1 unreadable; pictures/a.png: not a picture"):
         prepare(config(folder, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -177,7 +264,7 @@ def test_a_wrong_request_is_one_line_and_status_2(tmp_path: Path) -> None:
         ("degrade: {recipe: pazd}", "no recipe 'pazd'.*did you mean 'pasd'"),
         ("caption: {mode: llava}", "mode llava needs a model"),
         ("filter: {min_side_px: 100}", "smaller than crop.size_px 512"),
-        ("pictures_per_shard: 0", "pictures_per_shard: got 0"),
+        ("samples_per_shard: 0", "samples_per_shard: got 0"),
         ("name: a/b", "name: got 'a/b'"),
         ("- 1", "must be a mapping"),
     ],
@@ -192,14 +279,13 @@ def test_a_wrong_recipe_is_refused_with_the_setting_and_what_is_allowed(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["prepare_nano.yaml", "prepare_sdxl.yaml"])
+@pytest.mark.parametrize("name", ["prepare_nano.yaml", "prepare_sdxl.yaml", "prepare_validation.yaml"])
 def test_shipped_recipes_are_complete_and_valid(name: str) -> None:
     recipe = read_recipe(name, job="prepare")
     cfg = validate(PrepareConfig, {**recipe, "input": "in", "out": "out"}, where=name)
-    stages = {"source", "filter", "crop", "caption", "degrade", "workers"}
-    assert stages <= set(recipe)
-    assert cfg.crop.size_px == (128 if "nano" in name else 512)
-    assert cfg.degrade.recipe == "pasd"
+    assert {"filter", "crop", "caption", "degrade", "workers"} <= set(recipe)
+    assert all(source.licence for source in cfg.resolved_sources())
+    assert cfg.degrade.recipe == ("level_II" if "validation" in name else "pasd")
 
 
 def test_a_place_that_holds_a_foreign_dataset_is_refused(picture_folder: Path, tmp_path: Path) -> None:

@@ -44,8 +44,9 @@ FIRST_NOTICE_S = 10.0
 CHECK_PATIENCE_S = 10.0
 EMPTY_ATTEMPTS = 4
 """How often a picture is asked about, each time with another seed, before it counts as one without a caption."""
-OWN_FAILURES = 12
-"""Failures in a row, each while the endpoint answered others, after which the picture is to blame."""
+OWN_FAILURES = 20
+"""Failures in a row, each while the endpoint answered others, after which the picture is to blame: by pure chance one
+picture in a million, where every second request fails."""
 
 _PICTURE_REFUSED = {400, 413, 415, 422}
 _KEY_REFUSED = {401, 403}
@@ -134,7 +135,10 @@ class CaptionEndpoint:
             RequestError: the endpoint wants another key, model or address.
         """
         assert len(pictures) == len(keys)
-        return asyncio.run(_Session(self, self.cfg.give_up_after_s).ask_all(pictures, keys, seed))
+        try:
+            return asyncio.run(_Session(self, self.cfg.give_up_after_s).ask_all(pictures, keys, seed))
+        except EndpointDownError as error:
+            raise EndpointDownError(f"{error}; run the same command again when it answers") from None
 
     def body(self, picture: Picture, seed: int) -> dict[str, Any]:
         """The request: FaithDiff's system prompt and question, the picture before the words, as LLaVA has it."""
@@ -303,8 +307,8 @@ class _Session:
         return self.outage.num_answers > num_answers
 
     async def _probe(self) -> str:
-        """Its answer about a plain gray picture, one word long."""
-        body = self.endpoint.body(np.full((64, 64, 3), 128, np.uint8), 0) | {"max_tokens": 1}
+        """Its answer about a plain gray picture, asked for exactly as about any other."""
+        body = self.endpoint.body(np.full((64, 64, 3), 128, np.uint8), 0)
         return await self._send("POST", "chat/completions", _text, body)
 
     async def _send(self, method: str, path: str, read: Callable[[Any], T], body: dict[str, Any] | None = None) -> T:

@@ -133,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "no choices":
             self.reply(200, {"choices": []})
         elif fault == "slow":
-            time.sleep(0.5)
+            time.sleep(0.8)
             self.answer("Too late for anybody.")
         else:
             self.answer(
@@ -278,15 +278,17 @@ PASSING = [*sorted(SERVER_ERRORS), "silent", "cut", "half json", "page", "no cho
 @pytest.mark.parametrize("fault", PASSING)
 def test_what_passes_by_itself_changes_no_caption(endpoint: Endpoint, pictures: list[np.ndarray], fault: str) -> None:
     endpoint.fault = lambda times, body: fault if times < 2 else None
-    answers = connect(endpoint, timeout_s=0.2).ask(pictures[:3], keys=KEYS[:3], seed=0)
+    timeout_s = 0.4 if fault == "slow" else 5
+    answers = connect(endpoint, timeout_s=timeout_s).ask(pictures[:3], keys=KEYS[:3], seed=0)
     assert answers == undisturbed(pictures[:3])
-    assert list(endpoint.asked.values()) == [3, 3, 3]
+    assert min(endpoint.asked.values()) >= 3
+    assert len(endpoint.asked) == 3
 
 
 def test_every_failure_in_turn_changes_no_caption(endpoint: Endpoint, pictures: list[np.ndarray]) -> None:
     faults = itertools.cycle(PASSING)
     endpoint.fault = lambda times, body: next(faults) if times < 3 else None
-    client = connect(endpoint, timeout_s=0.2, max_in_flight=3)
+    client = connect(endpoint, timeout_s=0.4, max_in_flight=3)
     assert client.ask(pictures, keys=KEYS, seed=0) == undisturbed(pictures)
 
 
@@ -298,8 +300,11 @@ def in_two_seconds() -> str:
 def test_nobody_asks_before_the_endpoint_wants_to_be_asked(
     endpoint: Endpoint, pictures: list[np.ndarray], retry_after: str
 ) -> None:
-    endpoint.retry_after = in_two_seconds() if retry_after == "date" else retry_after
-    endpoint.fault = lambda times, body: "429" if len(endpoint.times) == 1 else None
+    def busy_once(times: int, body: dict[str, Any]) -> str | None:
+        endpoint.retry_after = in_two_seconds() if retry_after == "date" else retry_after
+        return "429" if len(endpoint.times) == 1 else None
+
+    endpoint.fault = busy_once
     connect(endpoint, max_in_flight=1).ask(pictures[:2], keys=KEYS[:2], seed=0)
     assert endpoint.times[1] - endpoint.times[0] > 0.95
     assert len(endpoint.times) == 3
@@ -316,6 +321,7 @@ def test_an_endpoint_that_goes_down_is_waited_for(
 ) -> None:
     monkeypatch.setattr(caption_endpoint, "FIRST_NOTICE_S", 0.1)
     with serving(answer_s=0.05) as first:
+        first.fault = lambda times, body: "silent" if first.num_answered >= 3 else None
         port = first.server_address[1]
         client = connect(first, max_in_flight=2)
         answers: list[Answer] = []
@@ -328,10 +334,10 @@ def test_an_endpoint_that_goes_down_is_waited_for(
     with serving(port=port) as second:
         run.join(timeout=10)
     assert answers == undisturbed(pictures)
-    assert 3 <= first.num_answered <= 5
-    assert 8 - first.num_answered <= second.num_answered <= 5, "what was answered is not asked again"
+    assert 3 <= first.num_answered <= 4
+    assert second.num_answered == 8 - first.num_answered, "what was answered is not asked again"
     notices = client.notices  # type: ignore[attr-defined]
-    assert len(notices) in (3, 4), "at growing intervals"
+    assert 3 <= len(notices) <= 6, "at growing intervals"
     assert all("no answer from" in notice and "waiting, for" in notice for notice in notices[:-1])
     assert "answers again after" in notices[-1]
 
@@ -340,10 +346,11 @@ def test_an_endpoint_that_stays_silent_ends_the_job(endpoint: Endpoint, pictures
     endpoint.fault = lambda times, body: "503"
     started = time.monotonic()
     with pytest.raises(
-        EndpointDownError, match=r"no answer from http://127.*/v1 for . s \(at last HTTP 503: .*no luck"
+        EndpointDownError,
+        match=r"no answer from http://127.*/v1 for . s \(at last HTTP 503: .*no luck.*\); run the same command",
     ):
         connect(endpoint, give_up_after_s=0.4).ask(pictures, keys=KEYS, seed=0)
-    assert 0.4 < time.monotonic() - started < 3
+    assert 0.4 < time.monotonic() - started < 15
     assert issubclass(EndpointDownError, RuntimeError)
 
 
@@ -446,7 +453,7 @@ def test_a_healthy_endpoint_is_recognised_and_one_hiccup_forgiven(endpoint: Endp
     connect(endpoint).check()
     endpoint.fault = lambda times, body: "503" if times == 1 else None
     connect(endpoint).check()
-    assert [body["max_tokens"] for body in endpoint.bodies] == [1, 1, 1]
+    assert [body["max_tokens"] for body in endpoint.bodies] == [512] * 3, "a limit that is too high is found out here"
 
 
 def test_an_endpoint_that_cannot_be_used_is_named_before_any_work(endpoint: Endpoint) -> None:

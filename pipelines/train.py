@@ -5,8 +5,8 @@
         python pipelines/train.py train_nano.yaml --data /abs/shards --out /abs/train
 
 In : a prepared dataset (pipelines/prepare.py) and a model to start from.
-Out: `out/models/<stage>/` in diffusers' layout, `out/checkpoints/<stage>/update_*`, an MLflow run with a nested run
-per stage, and a version of `registered_model` in the registry that carries `alias`.
+Out: `out/models/<stage>/` in diffusers' layout with a model card, `out/checkpoints/<stage>/update_*`, an MLflow run
+with a nested run per stage, and a version of `registered_model` in the registry that carries `alias`.
 
 Relative paths are taken from the current directory of this process; under `ray job submit` that is a temporary copy
 of the working directory, so give absolute paths or s3:// there. Every node must see `out`. The same command again
@@ -30,12 +30,15 @@ from tqdm import tqdm
 
 from faithdiff import bundle
 from faithdiff.errors import InputError
+from pipelines.training.inputs import StoredInputs, find_stored_inputs
 from pipelines.training.lineage import lineage_tags
+from pipelines.training.model_card import CARD_NAME, model_card
 from pipelines.training.recipe import Stage, TrainConfig
 from sr_platform import cluster
 from sr_platform.config import load_config, run_job
 from sr_platform.errors import ConfigError, InputDataError
 from sr_platform.observability import configure_logging
+from sr_platform.sample_reader import SampleReader
 from sr_platform.shards import Manifest, read_manifest
 from sr_platform.storage import open_storage
 from sr_platform.tracking import RunLog, Tracking, resolve_model
@@ -70,6 +73,8 @@ class Request:
     model_version: str
     identity: str
     """Digest of everything that decides the result; an `out` belongs to one identity."""
+    stored: StoredInputs
+    """What the dataset holds ready for the model."""
 
     @property
     def tags(self) -> dict[str, str]:
@@ -120,7 +125,8 @@ def check_request(cfg: TrainConfig) -> Request:
     if earlier and earlier["identity"] != identity:
         raise ConfigError(f"out: {cfg.out} holds a training by another recipe, data or model; give another folder")
     path = str(Path(model.path).resolve()) if Path(model.path).is_dir() else model.path
-    return Request(cfg, manifest, path, model.version, identity)
+    stored = find_stored_inputs(SampleReader(cfg.data), path, size_px=cfg.size_px)
+    return Request(cfg, manifest, path, model.version, identity, stored)
 
 
 def check_shards(uri: str, manifest: Manifest) -> None:
@@ -159,6 +165,7 @@ def run_stages(request: Request, runs: Tracking, record: dict[str, Any]) -> Trai
             logger.info("stage %s is complete already: %s", stage, model_out)
         else:
             metrics[stage] = run_stage(request, runs, record, stage, model, model_out)
+        write_card(request, stage, model_out)
         model = str(model_out)
     version = runs.register_folder(
         Path(model), name=cfg.registered_model, alias=cfg.alias, run_id=record["run_id"], tags=request.tags
@@ -186,6 +193,7 @@ def run_stage(
             model_version=f"{cfg.registered_model}-{stage}-{run_id[:8]}",
             tracking_uri=runs.uri,
             run_id=run_id,
+            stored=request.stored,
         )
         trainer = TorchTrainer(
             train_loop_per_worker,
@@ -206,6 +214,24 @@ def run_stage(
         with progress_bar(RunLog(runs.uri, run_id), stage, cfg.last_update(stage)):
             metrics: dict[str, float] = trainer.fit().return_value
     return metrics
+
+
+def write_card(request: Request, stage: Stage, model_out: Path) -> None:
+    """Puts the model card beside the weights, where an earlier run has not done so."""
+    path, cfg = model_out / CARD_NAME, request.cfg
+    if path.exists():
+        return
+    trained = cfg.stages[: cfg.stages.index(stage) + 1]
+    card = model_card(
+        request.manifest,
+        request.tags,
+        name=f"{cfg.registered_model} ({stage})",
+        stages={name: cfg.last_update(name) for name in trained},
+        size_px=cfg.size_px,
+    )
+    partial = path.with_name(f".{CARD_NAME}.partial")
+    partial.write_text(card, encoding="utf-8")
+    partial.rename(path)
 
 
 @contextmanager

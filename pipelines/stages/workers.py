@@ -26,8 +26,6 @@ class WorkersConfig(StrictConfig):
     """Processes that hold the VAE and the text encoders, where the recipe encodes."""
     encode_num_gpus: pydantic.NonNegativeFloat = 0.0
     """GPUs, or a fraction of one, for each encoding process."""
-    encode_batch_size: pydantic.PositiveInt = 8
-    """Pictures per call of the VAE."""
 
     def for_shards(self, num_shards: int) -> WorkersConfig:
         """With no more actors than there are shards to work on."""

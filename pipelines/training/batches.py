@@ -1,6 +1,7 @@
 """Prepared dataset -> micro-batches: which samples an update sees, how each is cut, and the tensors of it.
 
-In : a prepared dataset (`hq.png`, `lq.png`, perhaps `lq1.png` ..., `json` with the caption).
+In : a prepared dataset (`hq.png`, `lq.png`, perhaps `lq1.png` ..., `json` with the caption, perhaps what the encode
+stage made of hq and caption).
 Out: `Batch`: hq, lq float [B, 3, S, S] in [-1, 1], captions, time_ids [B, 6] in pixels, and the samples' numbers.
 
 The samples of a run form one endless stream (sr_platform/sample_order.py). Sample number n of the stream belongs to
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import cv2
@@ -36,6 +37,9 @@ _PIL_FILTER = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+HQ_SUFFIX = "hq.png"
+ENCODED_SUFFIX = "latents.safetensors"
+"""The member that the encode stage adds to a sample."""
 _SCALE = 4
 _ITEM_STREAM, _VARIANT_STREAM = 3, 4
 _LQ_NAME = re.compile(r"lq(\d*)\.png")
@@ -72,21 +76,30 @@ class ItemDraws:
 class Item:
     """One training example: uint8 RGB pictures [S, S, 3] of equal size, its text and its micro-conditioning."""
 
-    hq: Picture
+    hq: Picture | None
+    """None where its latents are read instead."""
     lq: Picture
     caption: str
     time_ids: tuple[int, int, int, int, int, int]
     """original height and width, top and left of the crop, target height and width, all in high-quality pixels."""
+    draws: ItemDraws
 
 
 @dataclass(frozen=True)
 class Batch:
-    hq: Tensor
+    hq: Tensor | None
+    """None where latents are read instead."""
     lq: Tensor
     captions: list[str]
     time_ids: Tensor
     samples: list[int]
     """Numbers in the stream of samples; the noise of the batch is drawn from them."""
+    encoded: list[bytes] | None = None
+    """`ENCODED_SUFFIX` of every sample, where it is read."""
+    flips: list[bool] = field(default_factory=list)
+    """Which samples are mirrored."""
+    dropped: list[bool] = field(default_factory=list)
+    """Which samples have lost their caption."""
 
 
 @dataclass(frozen=True)
@@ -137,22 +150,24 @@ def draw_variant(seed: int, sample: int, num_variants: int) -> int:
     return int(np.random.default_rng([seed, _VARIANT_STREAM, sample]).integers(num_variants))
 
 
-def cut_item(hq: Picture, lq: Picture, caption: str, draws: ItemDraws, *, crop_px: int) -> Item:
+def cut_item(hq: Picture | None, lq: Picture, caption: str, draws: ItemDraws, *, crop_px: int) -> Item:
     """Flip, pad, crop and up-sample one pair; `crop_px` is the side of the low-quality crop, a quarter of the result's.
 
     Source: Realesrgan_offline_dataset.py:166-229 @ f11af6c, with `target_size` 512 px as since 2025-08-11.
     """
-    if draws.is_flipped:
-        hq, lq = hq[:, ::-1], lq[:, ::-1]
-    hq, lq = _pad(hq, crop_px * _SCALE), _pad(lq, crop_px)
+    lq = _pad(lq[:, ::-1] if draws.is_flipped else lq, crop_px)
     top_px, left_px, side_px = draws.top_px * _SCALE, draws.left_px * _SCALE, crop_px * _SCALE
     lq_crop = lq[draws.top_px : draws.top_px + crop_px, draws.left_px : draws.left_px + crop_px]
     upsampled = Image.fromarray(lq_crop).resize((side_px, side_px), _PIL_FILTER[draws.upsampling])
+    if hq is not None:
+        hq = _pad(hq[:, ::-1] if draws.is_flipped else hq, side_px)
+        hq = hq[top_px : top_px + side_px, left_px : left_px + side_px]
     return Item(
-        hq=hq[top_px : top_px + side_px, left_px : left_px + side_px],
+        hq=hq,
         lq=np.asarray(upsampled),
         caption="" if draws.is_caption_dropped else caption,
         time_ids=(lq.shape[0] * _SCALE, lq.shape[1] * _SCALE, top_px, left_px, side_px, side_px),
+        draws=draws,
     )
 
 
@@ -174,8 +189,19 @@ class CropConfig:
 class MicroBatches(Dataset[Batch]):
     """The micro-batches of one rank, numbered from the first update of the run: update * accumulation + micro-step."""
 
-    def __init__(self, reader: Samples, split: BatchSplit, *, rank: int, seed: int, crop: CropConfig) -> None:
+    def __init__(
+        self,
+        reader: Samples,
+        split: BatchSplit,
+        *,
+        rank: int,
+        seed: int,
+        crop: CropConfig,
+        reads: Sequence[str] = (HQ_SUFFIX,),
+    ) -> None:
+        """`reads` are the members that are read besides lq and json: hq.png, or `ENCODED_SUFFIX`, or both."""
         self.reader, self.split, self.rank, self.seed, self.crop = reader, split, rank, seed, crop
+        self.reads = tuple(reads)
         self.order = SampleOrder(seed, len(reader), groups=reader.groups, mixture=reader.mixture)
 
     def __getitem__(self, number: int) -> Batch:
@@ -184,41 +210,49 @@ class MicroBatches(Dataset[Batch]):
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """Reads all samples at the same time, and of each only what it shows."""
-        wanted = [self._wanted(sample) for sample in samples]
-        found = self.reader.read_members(wanted)
+        shown = [self._shown(sample) for sample in samples]
+        found = self.reader.read_members([(index, (*self.reads, lq_suffix, "json")) for index, lq_suffix in shown])
         items = [
-            self._item(sample, index, [members[suffix] for suffix in suffixes])
-            for sample, (index, suffixes), members in zip(samples, wanted, found, strict=True)
+            self._item(sample, index, lq_suffix, members)
+            for sample, (index, lq_suffix), members in zip(samples, shown, found, strict=True)
         ]
         return Batch(
-            hq=to_tensor([item.hq for item in items]),
+            hq=to_tensor([item.hq for item in items if item.hq is not None]) if HQ_SUFFIX in self.reads else None,
             lq=to_tensor([item.lq for item in items]),
             captions=[item.caption for item in items],
             time_ids=torch.tensor([item.time_ids for item in items], dtype=torch.float32),
             samples=list(samples),
+            encoded=[members[ENCODED_SUFFIX] for members in found] if ENCODED_SUFFIX in self.reads else None,
+            flips=[item.draws.is_flipped for item in items],
+            dropped=[item.draws.is_caption_dropped for item in items],
         )
 
-    def _wanted(self, sample: int) -> tuple[int, tuple[str, str, str]]:
-        """Where sample number `sample` lies, and its members: hq, lq, json."""
+    def _shown(self, sample: int) -> tuple[int, str]:
+        """Where sample number `sample` lies, and which of its low-quality pictures it shows."""
         index = self.order.index(sample)
         variants = sorted(int(found[1] or 0) for s in self.reader.suffixes(index) if (found := _LQ_NAME.fullmatch(s)))
         if not variants:
             raise InputDataError(f"train: sample {self.reader.keys[index]} has no lq.png; prepare the dataset again")
         variant = variants[draw_variant(self.seed, sample, len(variants))]
-        return index, ("hq.png", f"lq{variant or ''}.png", "json")
+        return index, f"lq{variant or ''}.png"
 
-    def _item(self, sample: int, index: int, members: Sequence[bytes]) -> Item:
-        hq, lq, about = decode(members[0]), decode(members[1]), members[2]
-        if hq is None or lq is None:
+    def _item(self, sample: int, index: int, lq_suffix: str, members: Mapping[str, bytes]) -> Item:
+        lq = self._decoded(index, members[lq_suffix])
+        hq = self._decoded(index, members[HQ_SUFFIX]) if HQ_SUFFIX in members else None
+        assert hq is None or hq.shape[:2] == (lq.shape[0] * _SCALE, lq.shape[1] * _SCALE), (hq.shape, lq.shape)
+        crop_px = self.crop.size_px // _SCALE
+        draws = draw_item(self.seed, sample, *lq.shape[:2], crop_px=crop_px, caption_dropout=self.crop.caption_dropout)
+        caption: str = json.loads(members["json"])["caption"]
+        return cut_item(hq, lq, caption, draws, crop_px=crop_px)
+
+    def _decoded(self, index: int, png: bytes) -> Picture:
+        picture = decode(png)
+        if picture is None:
             raise InputDataError(
                 f"train: a picture of sample {self.reader.keys[index]} is damaged; "
                 "run pipelines/prepare.py verify on the dataset"
             )
-        assert hq.shape[:2] == (lq.shape[0] * _SCALE, lq.shape[1] * _SCALE), (hq.shape, lq.shape)
-        crop_px = self.crop.size_px // _SCALE
-        draws = draw_item(self.seed, sample, *lq.shape[:2], crop_px=crop_px, caption_dropout=self.crop.caption_dropout)
-        caption: str = json.loads(about)["caption"]
-        return cut_item(hq, lq, caption, draws, crop_px=crop_px)
+        return picture
 
 
 def micro_batches(dataset: MicroBatches, first_update: int, last_update: int, *, num_workers: int) -> Iterator[Batch]:

@@ -24,7 +24,7 @@ from faithdiff.pipeline import FaithDiffPipeline
 from faithdiff.schedule import alphas_cumprod
 from pipelines.training.batches import Batch, BatchSplit, CropConfig, MicroBatches, micro_batches
 from pipelines.training.deepspeed_config import initialize, learning_rate_factor
-from pipelines.training.inputs import FrozenModels
+from pipelines.training.inputs import FrozenModels, StoredInputs
 from pipelines.training.recipe import Stage, TrainConfig
 from sr_platform.checkpoints import (
     ParameterAverage,
@@ -51,6 +51,8 @@ class StageJob(StrictConfig):
     tracking_uri: str
     run_id: str
     """MLflow run of this stage, which exists already."""
+    stored: StoredInputs = StoredInputs()
+    """What the dataset holds ready for the model."""
 
 
 @dataclass
@@ -84,10 +86,13 @@ class Worker:
         # Stages see other crops and other noise of the same pictures.
         seed = zlib.crc32(f"{cfg.seed} {job.stage}".encode())
         crop = CropConfig(size_px=cfg.size_px, caption_dropout=cfg.caption_dropout)
-        self.data = MicroBatches(SampleReader(cfg.data), self.split, rank=self.rank, seed=seed, crop=crop)
+        reader, reads = SampleReader(cfg.data), job.stored.reads
+        self.data = MicroBatches(reader, self.split, rank=self.rank, seed=seed, crop=crop, reads=reads)
         pipeline = load_model(job)
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-        self.frozen = FrozenModels(pipeline, device=device, dtype=dtype, seed=seed, noise_offset=cfg.noise_offset)
+        self.frozen = FrozenModels(
+            pipeline, device=device, dtype=dtype, seed=seed, noise_offset=cfg.noise_offset, stored=job.stored
+        )
         self.engine = initialize(trainable_module(pipeline, job), cfg, self.stage, self.split)
         self.average = ParameterAverage(self.engine, cfg.average_decay) if cfg.average_decay else None
         self.log = RunLog(job.tracking_uri, job.run_id) if self.rank == 0 else None

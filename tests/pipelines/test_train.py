@@ -181,6 +181,11 @@ def test_two_workers_of_which_one_is_killed_end_like_one_undisturbed_worker(
     assert version.tags["recipe_digest"] == runs["align"].data.tags["recipe_digest"]
     assert client.get_run(result.run_id).data.params["align.num_updates"] == "8"
     assert result.model_path == tmp_path / "models" / "unified"
+    card = (result.model_path / "README.md").read_text()
+    assert "align (8 updates), then unified (2 updates)" in card
+    artifact = client.get_run(result.run_id).info.artifact_uri.removeprefix("file://")
+    assert (Path(artifact) / "model" / "README.md").read_text() == card
+    assert "align (8 updates), crops" in (tmp_path / "models" / "align" / "README.md").read_text()
 
     again = job.train(config(*flags, "--registered-model", "tiny"))
     assert (again.model_uri, again.run_id, again.metrics) == (result.model_uri, result.run_id, {})

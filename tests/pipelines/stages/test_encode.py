@@ -22,7 +22,7 @@ def encode() -> Encode:
 
 def test_without_a_model_nothing_happens() -> None:
     ds = object()
-    assert encode_stage(ds, EncodeConfig(), WorkersConfig()) is ds  # type: ignore[arg-type]
+    assert encode_stage(ds, EncodeConfig(), WorkersConfig(), seed=0) is ds  # type: ignore[arg-type]
     check_encoder(EncodeConfig())
 
 
@@ -56,7 +56,7 @@ def test_actors_of_ray_give_the_bytes_of_this_process(local_ray, encode, make_cr
     shards = [[make_crop(f"{i}{j}", caption="a cat", shard=i, hq=noise(i + j)) for j in range(2)] for i in range(3)]
     expected = [row for shard in shards for row in encode(to_table(shard)).to_pylist()]
     ds = ray.data.from_arrow([to_table(shard) for shard in shards])
-    rows = encode_stage(ds, NANO, WorkersConfig(encode_actors=2)).take_all()
+    rows = encode_stage(ds, NANO, WorkersConfig(encode_actors=2), seed=0).take_all()
     assert sorted(rows, key=lambda row: (row["shard"], row["key"])) == expected
 
 

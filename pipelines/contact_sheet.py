@@ -8,6 +8,7 @@ shown follows from the manifest's digest, so the same dataset gives the same she
 
 from __future__ import annotations
 
+import bisect
 import io
 import json
 import re
@@ -138,10 +139,8 @@ def _wrapped(text: str, face: ImageFont.FreeTypeFont, width_px: int, max_lines: 
 
 def _cut(text: str, face: ImageFont.FreeTypeFont, width_px: float) -> tuple[str, str]:
     """As many characters as fit, at least one, and the rest."""
-    num = len(text)
-    while num > 1 and face.getlength(text[:num]) > width_px:
-        num -= 1
-    return text[:num], text[num:]
+    num = bisect.bisect_right(range(1, len(text) + 1), width_px, key=lambda num: face.getlength(text[:num]))
+    return text[: max(num, 1)], text[max(num, 1) :]
 
 
 def _print_lines(

@@ -17,6 +17,7 @@ from pipelines.synthetic.colours import Colours, colour_names, contrast, draw_pa
 from pipelines.synthetic.picture import SUPERSAMPLING
 
 SMALLEST_FONT_PX = 10 * SUPERSAMPLING
+_NARROW_PX = 16 * SMALLEST_FONT_PX
 _MIN_CONTRAST = 4.5
 
 
@@ -60,7 +61,7 @@ def sign(rng: np.random.Generator, width: int, height: int) -> Board:
     height = int(min(height, width * (0.22 + 0.2 * len(lines)) * rng.uniform(0.9, 1.3)))
     board, ground = _plate(rng, width, height, radius=int(rng.uniform(0, 0.12) * height))
     _centred(rng, board, lines, str(rng.choice(fonts.BOLD + fonts.SANS)))
-    board.name = f"a {ground} sign"
+    board.name = with_article(f"{ground} sign")
     return board
 
 
@@ -69,7 +70,7 @@ def number_plate(rng: np.random.Generator, width: int, height: int) -> Board:
     height = int(min(height, width * rng.uniform(0.2, 0.32)))
     board, ground = _plate(rng, width, height, radius=height // 8)
     _centred(rng, board, [words.code(rng)], str(rng.choice(fonts.MONOSPACED + fonts.BOLD)))
-    board.name = f"a {ground} plate"
+    board.name = with_article(f"{ground} plate")
     return board
 
 
@@ -81,15 +82,14 @@ def page(rng: np.random.Generator, width: int, height: int) -> Board:
     margin, bottom = 0.07 * min(width, height), 0.93 * height
     y = margin
     if rng.random() < 0.6:
-        title = words.place(rng)
-        size_title = _fitting(title, str(rng.choice(fonts.BOLD)), width - 2 * margin, 2 * size)
-        y = board.write(title, fonts.BOLD[0], size_title, margin, y) + 0.7 * size
+        title, bold = words.place(rng), str(rng.choice(fonts.BOLD))
+        y = board.write(title, bold, _fitting(title, bold, width - 2 * margin, 2 * size), margin, y) + 0.7 * size
     left = [word for _ in range(60) for word in words.sentence(rng).split()]
     while left and y + 1.3 * size < bottom:
         line, left = _filled(left, body, size, width - 2 * margin)
-        board.write(line, body, size, margin, y)
+        board.write(line, body, _fitting(line, body, width - 2 * margin, size), margin, y)
         y += 1.45 * size
-    board.name = f"a {ground} page of print"
+    board.name = with_article(f"{ground} page of print")
     return board
 
 
@@ -98,7 +98,7 @@ def ticket(rng: np.random.Generator, width: int, height: int) -> Board:
     height = int(min(height, width * rng.uniform(0.5, 0.8)))
     board, ground = _plate(rng, width, height, radius=height // 24, is_paper=True)
     margin = 0.06 * height
-    heading = f"{words.notice(rng)} {words.code(rng)}"
+    heading = words.code(rng) if width < _NARROW_PX else f"{words.notice(rng)} {words.code(rng)}"
     name = str(rng.choice(fonts.BOLD))
     size = _fitting(heading, name, width - 2 * margin, int(0.16 * height))
     y = board.write(heading, name, size, margin, margin) + 0.05 * height
@@ -121,7 +121,7 @@ def ticket(rng: np.random.Generator, width: int, height: int) -> Board:
         board.write(text, body, _fitting(text, body, width - 2 * margin, size), margin, y)
         y += 1.45 * size
     _bars(rng, board, (margin, max(y, 0.8 * height), width - margin, 0.95 * height))
-    board.name = f"a {ground} ticket"
+    board.name = with_article(f"{ground} ticket")
     return board
 
 
@@ -137,6 +137,10 @@ def lettering(rng: np.random.Generator, width: int, height: int) -> Board:
 
 
 BOARDS: tuple[Callable[[np.random.Generator, int, int], Board], ...] = (sign, number_plate, page, ticket, lettering)
+
+
+def with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _plate(
@@ -197,7 +201,7 @@ def _fitting(text: str, name: str, width: float, size_px: int) -> int:
     """The font size, at most `size_px`, at which the text is no wider than `width`."""
     size_px = max(size_px, 8)
     needed = fonts.font(name, size_px).getlength(text)
-    return max(int(size_px * min(1.0, width / needed)), 6)
+    return max(int(size_px * min(1.0, width / needed)), 5)
 
 
 def _filled(left: list[str], name: str, size_px: int, width: float) -> tuple[str, list[str]]:

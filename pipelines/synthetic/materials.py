@@ -32,7 +32,7 @@ def stone(rng: np.random.Generator, u: Field, v: Field) -> Surface:
     """Mottled stone or plaster: 1 / f noise through a scale of colours."""
     tile = noise(rng, rng.uniform(0.9, 1.5), angle=rng.uniform(0, np.pi), stretch=rng.uniform(1, 2.5))
     scale = ramp(rng)
-    return _through(scale, sample(tile, u, v), f"a mottled stone surface in {_names(scale)}")
+    return _through(scale, sample(tile, u, v), f"mottled stone in {_names(scale)}")
 
 
 def marble(rng: np.random.Generator, u: Field, v: Field) -> Surface:

@@ -63,16 +63,17 @@ def view(rng: np.random.Generator, height_px: int, width_px: int) -> tuple[Field
 
     Half of the views are straight, the others are turned, tilted in perspective and nearer or farther.
     """
-    x, y = grid(height_px * SUPERSAMPLING, width_px * SUPERSAMPLING)
-    side = SUPERSAMPLING * max(height_px, width_px)
-    x, y = x - np.float32(x.shape[1] / 2), y - np.float32(y.shape[0] / 2)
-    angle = rng.normal(0, 0.02) if rng.random() < 0.5 else rng.uniform(0, np.pi)
-    tilt = rng.uniform(-0.5, 0.5, 2) / side * (rng.random() < 0.5)
-    scale = np.exp(rng.normal(0, 0.2)) / SUPERSAMPLING
-    cos, sin = np.float32(scale * np.cos(angle)), np.float32(scale * np.sin(angle))
-    depth = 1 / (1 + np.float32(tilt[0]) * x + np.float32(tilt[1]) * y)
-    far = rng.uniform(0, 4096, 2).astype(np.float32)
-    return (cos * x - sin * y) * depth + far[0], (sin * x + cos * y) * depth + far[1]
+    height, width = height_px * SUPERSAMPLING, width_px * SUPERSAMPLING
+    x = (np.arange(width, dtype=np.float32) - width / 2)[None, :]
+    y = (np.arange(height, dtype=np.float32) - height / 2)[:, None]
+    angle = rng.normal(0, 0.02) if rng.random() < 0.5 else rng.uniform(0, math.pi)
+    is_tilted = rng.random() < 0.5
+    towards_x, towards_y = (rng.uniform(-0.5, 0.5, 2) / max(height, width) * is_tilted).tolist()
+    scale = math.exp(rng.normal(0, 0.2)) / SUPERSAMPLING
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    far_u, far_v = rng.uniform(0, 4096, 2).tolist()
+    depth = 1 / (1 + towards_x * x + towards_y * y)
+    return (cos * x - sin * y) * depth + far_u, (sin * x + cos * y) * depth + far_v
 
 
 def _layer(rng: np.random.Generator, height_px: int, width_px: int, sun: float) -> tuple[Field, Field]:

@@ -166,19 +166,24 @@ def s3_endpoint() -> Iterator[str]:
     server.stop()
 
 
-def new_bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """s3://bucket of a fresh bucket, with the environment that s3fs reads."""
+AWS_ACCOUNT = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+
+
+@lru_cache
+def s3_client(endpoint: str) -> Any:
     import boto3
 
-    from sr_platform import s3
+    return boto3.client("s3", endpoint_url=endpoint, **AWS_ACCOUNT)
 
+
+def new_bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """s3://bucket of a fresh bucket, with the environment that s3fs reads."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     bucket = f"bucket-{uuid.uuid4().hex[:8]}"
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    s3.filesystem.cache_clear()  # it may know another server
+    s3_client(endpoint).create_bucket(Bucket=bucket)
     return f"s3://{bucket}"
 
 
@@ -302,6 +307,8 @@ class FaultyRequest(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def faulty_s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FaultyS3]]:
     """`faulty_s3(seed=1, rate=0.2)`: a running FaultyS3 with a fresh bucket, which the environment now points to."""
+    from sr_platform import s3
+
     running: list[FaultyS3] = []
 
     def start(**kwargs: Any) -> FaultyS3:
@@ -309,9 +316,11 @@ def faulty_s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         running.append(proxy)
         proxy.uri = new_bucket(s3_endpoint, monkeypatch)
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        s3.filesystem.cache_clear()  # it knows the steady server
         return proxy
 
     yield start
+    s3.filesystem.cache_clear()
     for proxy in running:
         proxy.stop()
 

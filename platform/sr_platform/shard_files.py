@@ -98,8 +98,8 @@ class ShardFiles:
         shard, start, end = wanted
         if len(data) != end - start:
             raise InputDataError(
-                f"shards: {self.storage.path(self.shards[shard].name)} ends at byte {start + len(data)}, before {end} "
-                "where a sample ends: it differs from its manifest; prepare the dataset again"
+                f"shards: {self.storage.path(self.shards[shard].name)} ends before byte {end}, within a sample: "
+                "it differs from its manifest; prepare the dataset again"
             )
 
 

@@ -35,6 +35,8 @@ from sr_platform.publication import finished_shards
 from sr_platform.shards import json_digest
 from sr_platform.storage import open_storage
 
+_SLOWEST_SHARD_S = 1800
+
 
 def survey_pictures(
     cfg: PrepareConfig, sources: Sequence[SourceConfig], pictures: Sequence[Picture], ceiling: Ceiling
@@ -132,11 +134,15 @@ def quiet_ray_data() -> Iterator[None]:
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = None
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    # The default calls a pipeline stuck whose first shard takes more than two minutes.
+    context.execution_no_progress_timeout_s = _SLOWEST_SHARD_S
     with ray.data.DataContext.current(context):
         try:
             yield
         except RayTaskError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, (RequestError, InputError)):
-                cause = getattr(cause, "cause", None) or cause.__cause__
-            raise cause or error from error
+            if isinstance(error.cause, (RequestError, InputError)):
+                # Ray adds its own advice below our line.
+                message = str(error.cause).partition("\nFailed to apply UDF")[0]
+                raise type(error.cause)(message) from error
+            raise

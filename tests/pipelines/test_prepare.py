@@ -189,7 +189,7 @@ def test_variants_groups_and_kept_parameters_reach_the_shards(
     manifest = prepare(cfg)
     assert (manifest.mixture, manifest.licences) == ({"faces": 0.25, "nature": 0.75}, ["CC0", "own"])
     reader = SampleReader(str(tmp_path / "out"))
-    assert {name: len(indices) for name, indices in reader.groups.items()} == {"nature": 5, "faces": 3}
+    assert {name: len(indices) for name, indices in reader.groups.items()} == {"nature": 6, "faces": 3}
     face = reader[int(reader.groups["faces"][0])]
     assert set(face) == {"hq.png", "lq.png", "lq1.png", "json"}
     about = json.loads(face["json"])
@@ -252,7 +252,7 @@ def test_a_wrong_request_is_one_line_and_status_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"prepare: --input {tmp_path}/nowhere holds nothing, or does not exist")
+    assert line.startswith(f"prepare: source pictures: {tmp_path}/nowhere holds nothing, or does not exist")
     assert not (tmp_path / "out").exists()
 
 
@@ -262,7 +262,7 @@ def test_a_wrong_request_is_one_line_and_status_2(tmp_path: Path) -> None:
         ("seeed: 1", "did you mean 'seed'"),
         ("crop: {size_px: 100}", "crop.size_px: got 100; .*multiple of 32"),
         ("degrade: {recipe: pazd}", "no recipe 'pazd'.*did you mean 'pasd'"),
-        ("caption: {mode: llava}", "mode llava needs a model"),
+        ("caption: {mode: llava}", "modes llava and endpoint need a model"),
         ("filter: {min_side_px: 100}", "smaller than crop.size_px 512"),
         ("samples_per_shard: 0", "samples_per_shard: got 0"),
         ("name: a/b", "name: got 'a/b'"),

@@ -32,17 +32,16 @@ def noise(
     `stretch` above 1 makes structures that much longer along `angle` (radians). `ring` (frequency, width), in cycles
     per tile, keeps one band of frequencies only, as a Gabor filter does.
     """
-    fx = scipy.fft.rfftfreq(size_px, 1 / size_px)[None, :]
-    fy = scipy.fft.fftfreq(size_px, 1 / size_px)[:, None]
-    along, across = fx * np.cos(angle) + fy * np.sin(angle), fy * np.cos(angle) - fx * np.sin(angle)
-    frequency = np.hypot(along * stretch, across).astype(np.float32)
-    frequency[0, 0] = np.inf
-    amplitude = np.maximum(frequency, 1.0) ** np.float32(-exponent)
+    fx = scipy.fft.rfftfreq(size_px, 1 / size_px).astype(np.float32)[None, :]
+    fy = scipy.fft.fftfreq(size_px, 1 / size_px).astype(np.float32)[:, None]
+    cos, sin = math.cos(angle), math.sin(angle)
+    squared = (stretch * (fx * cos + fy * sin)) ** 2 + (fy * cos - fx * sin) ** 2
+    amplitude = np.maximum(squared, 1) ** (-exponent / 2)
     if ring:
-        amplitude = amplitude * np.exp(-(((frequency - ring[0]) / ring[1]) ** 2) / 2)
+        amplitude *= np.exp(-(((np.sqrt(squared) - ring[0]) / ring[1]) ** 2) / 2)
     amplitude[0, 0] = 0
     waves = rng.standard_normal((size_px, size_px // 2 + 1, 2), dtype=np.float32).view(np.complex64)[..., 0]
-    field = scipy.fft.irfft2(waves * amplitude.astype(np.float32), s=(size_px, size_px))
+    field = scipy.fft.irfft2(waves * amplitude, s=(size_px, size_px))
     return np.asarray(field / field.std(), np.float32)
 
 

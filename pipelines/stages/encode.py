@@ -31,12 +31,20 @@ class EncodeConfig(StrictConfig):
     """Encode captions too: half a megabyte per sample at SDXL's size in float32, half of it in the others."""
 
 
-def check_encoder(cfg: EncodeConfig) -> None:
-    """Raises InputError when the model is none, before any work is begun."""
-    if cfg.model:
-        from faithdiff import bundle
+def check_encoder(cfg: EncodeConfig) -> dict[str, str]:
+    """Digests of the weights of VAE and text encoders, for the plan: the model's name alone could mix two models.
 
-        bundle.check_folder(bundle.find_folder(cfg.model))
+    Empty where nothing is encoded.
+
+    Raises:
+        InputError: the model is none; found before any work is begun.
+    """
+    if not cfg.model:
+        return {}
+    from faithdiff.bundle import load_encoders
+    from faithdiff.encodings import encoder_digests
+
+    return dict(vars(encoder_digests(load_encoders(cfg.model), text=cfg.text)))
 
 
 class Encode:

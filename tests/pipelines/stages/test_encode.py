@@ -23,13 +23,18 @@ def encode() -> Encode:
 def test_without_a_model_nothing_happens() -> None:
     ds = object()
     assert encode_stage(ds, EncodeConfig(), WorkersConfig(), seed=0) is ds  # type: ignore[arg-type]
-    check_encoder(EncodeConfig())
+    assert check_encoder(EncodeConfig()) == {}
 
 
 def test_a_model_that_is_none_is_refused_before_any_work() -> None:
-    check_encoder(NANO)
     with pytest.raises(InputError, match="neither a folder nor a preset"):
         check_encoder(EncodeConfig(model="nanno"))
+
+
+def test_the_check_tells_weights_apart_that_every_encoding_names(encode, make_crop) -> None:
+    encoding = Encoding.from_bytes(encode.encode(make_crop(caption="a house")).latents)
+    assert check_encoder(NANO) == vars(encoding.digests)
+    assert check_encoder(EncodeConfig(model="nano", text=False)) == {"vae": encoding.digests.vae, "text": ""}
 
 
 def test_usable_samples_are_encoded_and_nothing_else_changes(encode, make_crop) -> None:

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -25,6 +25,8 @@ from fsspec.utils import glob_translate
 from sr_platform.config import RECIPES_PATH, StrictConfig, validate
 from sr_platform.errors import ConfigError
 
+# What macOS leaves in folders and archives.
+_NEVER = ("**/__MACOSX/**", "**/._*")
 CATALOGUE_PATH = RECIPES_PATH / "sources.yaml"
 
 
@@ -65,7 +67,7 @@ class SourceConfig(StrictConfig):
     """A folder or one archive: a path, file:// or s3:// URI. A relative one lies below the job's input."""
     include: tuple[str, ...] = ("**",)
     """Which pictures are taken: patterns for the path below `uri`, in which an archive counts as a folder."""
-    exclude: tuple[str, ...] = ("**/__MACOSX/**", "**/._*")
+    exclude: tuple[str, ...] = ()
     """Which of those are not. `**/` stands for any folders, `*` for anything within a name; case does not matter."""
     licence: str = ""
     """Licence of the pictures; it travels into the manifest. Empty, and not in the catalogue: unknown."""
@@ -98,7 +100,10 @@ class SourceConfig(StrictConfig):
 
     def takes(self, path: str) -> bool:
         """Whether the picture at this path below the URI is one of the source's."""
-        return _matches(self.include, path) and not _matches(self.exclude, path)
+        # The URI may name the folder that the layout is about, such as .../DIV2K_train_HR.
+        inside = f"{PurePosixPath(self.uri).name}/{path}"
+        included = _matches(self.include, path) or _matches(self.include, inside)
+        return included and not _matches((*self.exclude, *_NEVER), path)
 
     def takes_nothing_below(self, folder: str) -> bool:
         """Whether `exclude` rules out everything in a folder or archive, so that it need not be looked into."""

@@ -24,12 +24,13 @@ import pydantic
 from tqdm import tqdm
 
 from pipelines.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
+from pipelines.preparation.destination import finished
 from pipelines.synthetic.mixture import MixtureConfig, draw_picture
 from sr_platform import cluster
 from sr_platform.config import StrictConfig, load_config, run_job
 from sr_platform.errors import ConfigError, RequestError
 from sr_platform.publication import ShardReport, commit_dataset, finished_shards, publish_shard, remove_markers
-from sr_platform.shards import MANIFEST_NAME, Manifest, Source, json_digest, read_manifest
+from sr_platform.shards import MANIFEST_NAME, Manifest, Source, json_digest
 from sr_platform.storage import Storage, open_storage
 
 # isort: split
@@ -133,7 +134,7 @@ def synthesize(cfg: SynthesizeConfig) -> Manifest:
         ConfigError: `out` holds, or was begun with, something else.
     """
     out = open_storage(cfg.out)
-    if begun(out, cfg.recipe()) and (done := _finished(out)):
+    if begun(out, cfg.recipe()) and (done := finished(out)):
         print(f"synthesize: {out.uri} is finished, with this recipe; nothing to do")
         return _wind_up(out, done)
     out.write_bytes_atomic(PLAN_NAME, (json.dumps({"recipe": cfg.recipe()}, sort_keys=True) + "\n").encode())
@@ -189,16 +190,6 @@ def _draw(cfg: SynthesizeConfig, missing: Sequence[int]) -> Iterator[ShardReport
                 if isinstance(error.cause, RequestError):
                     raise error.cause from error
                 raise
-
-
-def _finished(out: Storage) -> Manifest | None:
-    """The manifest, if it is there and every shard it names has its size."""
-    if not out.exists(MANIFEST_NAME):
-        return None
-    manifest = read_manifest(out.uri)
-    sizes = out.sizes("shards/")
-    complete = all(sizes.get(shard.name) == shard.size_bytes for shard in manifest.shards)
-    return manifest if complete else None
 
 
 def _commit(out: Storage, cfg: SynthesizeConfig, reports: Sequence[ShardReport]) -> Manifest:

@@ -33,6 +33,7 @@ MATERIALS: dict[str, Material] = {
     )
 }
 _LAYERED_SHARE = 0.3
+_MIN_MEAN, _MIN_DEVIATION = 0.15, 0.05
 
 
 def texture(rng: np.random.Generator, height_px: int, width_px: int) -> Picture:
@@ -45,8 +46,15 @@ def texture(rng: np.random.Generator, height_px: int, width_px: int) -> Picture:
         cover, shadow = _layer(rng, height_px, width_px, sun)
         rgb = rgb * shadow * (1 - cover) + above * cover
         caption = f"{caption}, partly covered by {name}"
-    rgb = rgb * light(rng, height_px, width_px)[..., None]
+    rgb = exposed(rgb * light(rng, height_px, width_px)[..., None])
     return Picture(quantized(rgb), f"{caption[0].upper()}{caption[1:]}, seen from close by.")
+
+
+def exposed(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
+    """As a photographer would expose what is very dark or has hardly any contrast; everything else is left alone."""
+    mean, deviation = float(rgb.mean()), float(rgb.mean(axis=-1).std())
+    gain = max(1.0, min(_MIN_DEVIATION / max(deviation, 1e-6), 4.0))
+    return (rgb - mean) * gain + max(mean, _MIN_MEAN)
 
 
 def lit_surface(

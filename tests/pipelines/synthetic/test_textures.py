@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipelines.synthetic.textures import MATERIALS, lit_surface, texture
+from pipelines.synthetic.textures import MATERIALS, exposed, lit_surface, texture
 
 
 @pytest.mark.parametrize("name", MATERIALS)
@@ -27,6 +27,16 @@ def test_a_texture_repeats_exactly_and_differs_from_the_next() -> None:
     np.testing.assert_array_equal(first.pixels, again.pixels)
     assert first.caption == again.caption
     assert not np.array_equal(first.pixels, other.pixels)
+
+
+def test_what_is_dark_and_flat_is_exposed_and_the_rest_left_alone() -> None:
+    rng = np.random.default_rng(0)
+    dim = (0.04 + 0.02 * rng.standard_normal((64, 64, 1)) * np.ones(3)).astype(np.float32)
+    assert exposed(dim).mean() == pytest.approx(0.15, abs=1e-3)
+    assert exposed(dim).std() == pytest.approx(0.05, abs=1e-3)
+    bright = rng.random((64, 64, 3), dtype=np.float32)
+    np.testing.assert_allclose(exposed(bright), bright, atol=1e-6)
+    assert min(texture(np.random.default_rng([5, seed]), 64, 64).pixels.std() for seed in range(40)) > 8
 
 
 def test_one_material_can_lie_over_another_and_the_caption_says_so() -> None:

@@ -80,7 +80,7 @@ def plain_seconds(cfg: PrepareConfig, processes: int) -> dict[str, float]:
         parts = [pictures[at : at + 32] for at in range(0, len(pictures), 32)]
         surveyed = pool.starmap(plain_survey, [(cfg, part) for part in parts], chunksize=1)
         facts = {fact.name: fact for found, _ in surveyed for fact in map(lambda row: Facts(**row), found)}
-        plan = plan_of(cfg, sources, pictures, facts)
+        plan = plan_of(cfg, sources, pictures, facts, cfg.recipe(sources))
         made = pool.starmap(plain_shard, [(cfg, plan, index) for index in range(len(plan.shards))], chunksize=1)
     wall_s = time.perf_counter() - start
     busy = dict.fromkeys(STAGES, 0.0)

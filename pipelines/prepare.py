@@ -39,6 +39,7 @@ from pipelines.preparation.recipe import PrepareConfig
 from pipelines.preparation.survey import Survey
 from pipelines.sources import SourceConfig
 from pipelines.stages.caption import check_captioner
+from pipelines.stages.encode import check_encoder
 from pipelines.stages.ingest import list_pictures
 from pipelines.stages.write import rejected
 
@@ -63,7 +64,7 @@ def prepare(cfg: PrepareConfig) -> Manifest:
         ConfigError: the request is wrong, or `out` holds, or was begun with, another recipe or other pictures.
     """
     out, sources = open_storage(cfg.out), cfg.resolved_sources()
-    recipe = cfg.recipe(sources)
+    recipe = cfg.recipe(sources, check_encoder(cfg.encode))
     before = destination.begun(out, recipe)
     check_captioner(cfg.caption)
     pictures = list_pictures(sources, open_storage(f"{out.uri}/{LISTING}"))
@@ -73,7 +74,7 @@ def prepare(cfg: PrepareConfig) -> Manifest:
     with cluster.connected(), quiet_ray_data():
         ceiling = Ceiling(cfg.quarantine, len(pictures), out)
         facts = survey_pictures(cfg, sources, pictures, ceiling)
-        plan = plan_of(cfg, sources, pictures, facts)
+        plan = plan_of(cfg, sources, pictures, facts, recipe)
         destination.refuse_other_pictures(out, before, plan.record())
         if not plan.shards:
             raise _nothing_usable(cfg, list(plan.problems.items()), begun=bool(before))

@@ -94,7 +94,7 @@ def _measured(cfg: PrepareConfig, sources: Sequence[SourceConfig], pictures: Seq
         facts = survey.measure(pictures, cache_uri=f"{out.uri}/{destination.LISTING}", workers=cfg.workers, watch=watch)
         board.refresh()
     stages["filter"] = board.totals["filter"]
-    plan = plan_of(cfg, sources, pictures, facts)
+    plan = plan_of(cfg, sources, pictures, facts, cfg.recipe(sources))
     left_out = count_reasons(list(plan.problems.values()))
     if not plan.shards:
         return Measured(len(pictures), 0, 0, 0, stages, left_out)

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import ray.data
 from ray.exceptions import RayTaskError
@@ -58,13 +59,17 @@ def survey_pictures(
 
 
 def plan_of(
-    cfg: PrepareConfig, sources: Sequence[SourceConfig], pictures: Sequence[Picture], facts: Mapping[str, Facts]
+    cfg: PrepareConfig,
+    sources: Sequence[SourceConfig],
+    pictures: Sequence[Picture],
+    facts: Mapping[str, Facts],
+    recipe: dict[str, Any],
 ) -> Plan:
     return make_plan(
         pictures,
         facts,
         sources,
-        recipe=cfg.recipe(sources),
+        recipe=recipe,
         filter_cfg=cfg.filter,
         crop_cfg=cfg.crop,
         seed=cfg.seed,

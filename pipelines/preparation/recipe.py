@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -90,11 +90,15 @@ class PrepareConfig(StrictConfig):
             )
         return resolved
 
-    def recipe(self, sources: Sequence[SourceConfig]) -> dict[str, Any]:
-        """The settings that decide the content of the shards; not where they lie or who works on them."""
+    def recipe(self, sources: Sequence[SourceConfig], encoders: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The settings that decide the content of the shards; not where they lie or who works on them.
+
+        `encoders` are the digests of the weights that encode, where the recipe encodes.
+        """
         content = self.model_dump(mode="json", exclude=_NOT_CONTENT)
         content["caption"] = self.caption.model_dump(mode="json", exclude=CAPTION_NOT_CONTENT)
         content["degrade"]["content"] = find_recipe(self.degrade.recipe).as_dict()
+        content["encode"]["weights"] = dict(encoders or {})
         content["sources"] = [source.model_dump(mode="json", exclude={"uri"}) for source in sources]
         return content
 

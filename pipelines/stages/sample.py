@@ -98,6 +98,9 @@ def map_shards(ds: ray.data.Dataset, stage: Any, *, num_cpus: float, name: str =
     Functions that follow each other with equal resources run fused, in one task per shard. A stage with a `name`
     reports its progress.
     """
+    if isinstance(stage, type):
+        # Resources that differ, if only by a byte, keep Ray from fusing the stages before it into the model's actor.
+        kwargs.setdefault("memory", 1)
     if name and (tally := current_tally()) is not None:
         if isinstance(stage, type):
             make = functools.partial(stage, **kwargs.pop("fn_constructor_kwargs", {}))

@@ -16,6 +16,7 @@ import pytest
 
 from faithdiff.captions import build_tiny_llava
 from faithdiff.degradation import PASD, degrade
+from faithdiff.encodings import Encoding
 from pipelines.preparation.recipe import PrepareConfig
 from pipelines.prepare import main, prepare
 from sr_platform.cluster import REPOSITORY_PATH
@@ -142,7 +143,7 @@ def half_done(cfg: PrepareConfig) -> None:
     pictures = list_pictures(sources, open_storage(f"{out.uri}/listing"))
     ceiling = Ceiling(cfg.quarantine, len(pictures), out)
     with quiet_ray_data():
-        plan = plan_of(cfg, sources, pictures, survey_pictures(cfg, sources, pictures, ceiling))
+        plan = plan_of(cfg, sources, pictures, survey_pictures(cfg, sources, pictures, ceiling), cfg.recipe(sources))
         out.write_bytes_atomic("plan.json", json_lines([plan.record()]))
         make_shards(cfg, sources, dataclasses.replace(plan, shards=plan.shards[1:2]), ceiling)
 
@@ -160,7 +161,7 @@ def test_a_picture_that_changes_while_the_job_runs_stops_it(
     pictures = list_pictures(sources, open_storage(f"{out.uri}/listing"))
     ceiling = Ceiling(cfg.quarantine, len(pictures), out)
     with quiet_ray_data():
-        plan = plan_of(cfg, sources, pictures, survey_pictures(cfg, sources, pictures, ceiling))
+        plan = plan_of(cfg, sources, pictures, survey_pictures(cfg, sources, pictures, ceiling), cfg.recipe(sources))
         (picture_folder / "red_house_1.png").write_bytes(picture_file(90, 90, 77))
         with pytest.raises(InputDataError, match=r"red_house_1\.png.*changed"):
             make_shards(cfg, sources, plan, ceiling)
@@ -198,16 +199,48 @@ def test_variants_groups_and_kept_parameters_reach_the_shards(
 
 
 @pytest.mark.ray
-def test_a_llava_model_captions_every_crop(picture_folder: Path, tmp_path: Path, local_ray: None) -> None:
+def test_a_model_captions_every_crop_alike_for_1_2_and_4_workers_and_any_batch(
+    picture_folder: Path, tmp_path: Path, local_ray: None
+) -> None:
     model = build_tiny_llava(tmp_path / "llava")
     caption = {"mode": "llava", "model": str(model), "dtype": "float32", "max_new_tokens": 8, "temperature": 1.0}
-    workers = {"caption_batch_size": 2}
-    manifest = prepare(config(picture_folder, tmp_path / "out", caption=caption, workers=workers))
-    reader = SampleReader(str(tmp_path / "out"))
-    captions = [json.loads(reader[index]["json"])["caption"] for index in range(len(reader))]
-    assert manifest.num_samples == len(captions) == 15
+    settings = {"caption": caption, "samples_per_shard": 3, "degrade": {"variants": 2}}
+    manifests = []
+    for workers, batch_size in ((1, 1), (2, 3), (4, 8)):
+        resources = {"num_cpus": 3 / workers, "caption_actors": workers, "caption_batch_size": batch_size}
+        out = tmp_path / f"{workers}-{batch_size}"
+        manifests.append(prepare(config(picture_folder, out, workers=resources, **settings)))
+        assert content(out) == content(tmp_path / "1-1")
+    assert len({manifest.digest for manifest in manifests}) == 1
+    assert len(manifests[0].shards) == 5
+    reader = SampleReader(str(tmp_path / "1-1"))
+    captions = [json.loads(found["json"])["caption"] for found in reader.read_many(range(len(reader)), ["json"])]
+    assert "A quiet harbour." in captions
     assert len(set(captions)) > 5
     assert all(captions)
+
+
+@pytest.mark.ray
+def test_samples_are_encoded_where_the_recipe_names_a_model(
+    picture_folder: Path, tmp_path: Path, local_ray: None
+) -> None:
+    cfg = config(picture_folder, tmp_path / "out", encode={"model": "nano"}, samples_per_shard=50)
+    manifest = prepare(cfg)
+    assert set(manifest.recipe["encode"]["weights"]) == {"vae", "text"}
+    reader = SampleReader(str(tmp_path / "out"))
+    encodings = [Encoding.from_bytes(found["latents.safetensors"]) for found in reader.read_many(range(15))]
+    assert {tuple(encoding.mean.shape) for encoding in encodings} == {(2, 4, 4, 4)}
+    weights = manifest.recipe["encode"]["weights"]
+    assert (encodings[0].digests.vae, encodings[0].digests.text) == (weights["vae"], weights["text"])
+
+
+def test_encoding_together_with_resized_sources_is_refused(picture_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pictures is cut whole or resized"):
+        prepare(
+            config(
+                picture_folder, tmp_path / "out", encode={"model": "nano"}, source={"name": "pictures", "cut": "whole"}
+            )
+        )
 
 
 def test_a_missing_llava_model_is_named_before_anything_is_begun(picture_folder: Path, tmp_path: Path) -> None:

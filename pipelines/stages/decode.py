@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+import zlib
 
 import cv2
 import numpy as np
@@ -78,13 +79,20 @@ def _pixels(image: Image.Image, data: bytes) -> NDArray[np.uint8]:
 
 
 def _is_plain_png(data: bytes) -> bool:
-    """Whether it holds RGB and nothing that would change them: transparency, palette, profile, orientation, frames."""
-    position, kinds = 8, set()
-    while position + 8 <= len(data):
+    """Whether it is whole RGB, with nothing that would change it: transparency, palette, profile, orientation, frames.
+
+    Damage is left to Pillow, which gives an account of it; OpenCV only writes a line to stderr.
+    """
+    view, position, kind = memoryview(data), 8, b""
+    while position + 12 <= len(data) and kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", data, position)
-        kinds.add(kind)
-        position += length + 12
-    return data[25] == _PNG_RGB and kinds <= _PLAIN_PNG_CHUNKS
+        end = position + 8 + length
+        if kind not in _PLAIN_PNG_CHUNKS or data[end : end + 4] != zlib.crc32(view[position + 4 : end]).to_bytes(
+            4, "big"
+        ):
+            return False
+        position = end + 4
+    return kind == b"IEND" and data[25] == _PNG_RGB
 
 
 def _png_pixels(data: bytes) -> NDArray[np.uint8] | None:

@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.listing import list_pictures, printable
+from pipelines.preparation.recipe import PrepareConfig
+from pipelines.prepare import prepare
 from pipelines.sources import SourceConfig
 from pipelines.stages.decode import decode_picture
 from pipelines.stages.filter import Filter
@@ -66,7 +68,7 @@ class Input(NamedTuple):
 
 
 def picture(rng: np.random.Generator, channels: int = 3) -> Pixels:
-    height, width = rng.integers(9, 40, 2)
+    height, width = rng.integers(32, 64, 2)
     y, x = np.mgrid[0:height, 0:width]
     waves = [127 + 120 * np.sin(x / rng.uniform(3, 9) + y / rng.uniform(3, 9)) for _ in range(channels)]
     return np.stack(waves, axis=-1).astype(np.uint8)
@@ -415,6 +417,34 @@ def test_a_thousand_inputs_are_all_read_rightly_or_named_with_a_reason(
     assert wrong == {}
     assert seen == Counter(dict.fromkeys(outcomes, 1)), "none lost, none twice"
     assert all(name.isprintable() for name in seen)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_all_of_them_are_in_the_dataset_or_in_quarantine(
+    corpus: tuple[Path, dict[str, Outcome]], tmp_path: Path
+) -> None:
+    folder, outcomes = corpus
+    settings: dict[str, Any] = {
+        "filter": {"min_side_px": 32, "min_deviation": 0, "duplicate_bits": -1, "max_pixels": MAX_PIXELS},
+        "crop": {"size_px": 32, "min_deviation": 0},
+        "quarantine": {"max_fraction": 1.0},
+    }
+    out = tmp_path / "out"
+    prepare(PrepareConfig.model_validate({"input": str(folder), "out": str(out), "source": {"name": "s"}, **settings}))
+    left_out = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    used: set[str] = set()
+    for shard in (out / "shards").iterdir():
+        with tarfile.open(shard) as tar:
+            samples = [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")]  # type: ignore[arg-type]
+        used |= {sample["source"] for sample in samples}
+    assert Counter([*used, *(line["source"] for line in left_out)]) == Counter(dict.fromkeys(outcomes, 1))
+    assert used >= {name for name, outcome in outcomes.items() if not outcome.reason} - _equal_files(left_out)
+    assert not used & {name for name, outcome in outcomes.items() if outcome.pixels is None}
+
+
+def _equal_files(left_out: list[dict[str, str]]) -> set[str]:
+    return {line["source"] for line in left_out if line["reason"] == "duplicate"}
 
 
 def test_every_kind_of_outcome_occurs(corpus: tuple[Path, dict[str, Outcome]]) -> None:

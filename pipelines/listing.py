@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
+from pipelines.contact_sheet import CONTACT_SHEET_NAME
 from pipelines.sources import SourceConfig
 from pipelines.stages.decode import SUFFIXES
 from sr_platform.archives import MemberTable, Place, is_archive, list_archives
 from sr_platform.errors import InputDataError
+from sr_platform.shards import MANIFEST_NAME
 from sr_platform.storage import FileDetails, Storage, open_storage
 
 MAX_PICTURE_BYTES = 512 * 2**20
@@ -141,10 +143,16 @@ def _of_interest(source: SourceConfig, entries: Sequence[_Entry]) -> Iterable[_E
         if not entry.place:
             yield entry
         elif entry.path.lower().endswith(SUFFIXES) and source.takes(entry.path):
-            prepared = _PREPARED_LQ.fullmatch(entry.path)
-            # The lq of a prepared dataset is no source of hq.
-            if not prepared or f"{prepared[1] or ''}{prepared[2]}.hq.png" not in paths:
+            if not _is_of_a_dataset(entry.path, paths):
                 yield entry
+
+
+def _is_of_a_dataset(path: str, paths: Set[str]) -> bool:
+    """Whether it is the lq or the contact sheet of a prepared dataset: neither is a source of hq."""
+    if prepared := _PREPARED_LQ.fullmatch(path):
+        return f"{prepared[1] or ''}{prepared[2]}.hq.png" in paths
+    folder, _, name = path.rpartition("/")
+    return name == CONTACT_SHEET_NAME and f"{folder}/{MANIFEST_NAME}".lstrip("/") in paths
 
 
 def _picture(source: str, entry: _Entry, beside: Sequence[_Entry]) -> Picture:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from faithdiff.errors import InputError
 from sr_platform import cluster
 from sr_platform.config import load_config, run_job
-from sr_platform.errors import InputDataError
+from sr_platform.errors import ConfigError, InputDataError
 from sr_platform.publication import commit_dataset, finished_shards, json_lines
 from sr_platform.shards import Manifest
 from sr_platform.storage import open_storage
@@ -64,6 +64,7 @@ def prepare(cfg: PrepareConfig) -> Manifest:
         ConfigError: the request is wrong, or `out` holds, or was begun with, another recipe or other pictures.
     """
     out, sources = open_storage(cfg.out), cfg.resolved_sources()
+    refuse_nested(out.uri, sources)
     recipe = cfg.recipe(sources, check_encoder(cfg.encode))
     before = destination.begun(out, recipe)
     check_captioner(cfg.caption)
@@ -81,6 +82,13 @@ def prepare(cfg: PrepareConfig) -> Manifest:
         out.write_bytes_atomic(PLAN_NAME, json_lines([plan.record()]))
         make_shards(cfg, sources, plan, ceiling)
     return _commit(cfg, sources, plan)
+
+
+def refuse_nested(out_uri: str, sources: Sequence[SourceConfig]) -> None:
+    """Raises ConfigError when the output lies inside an input: the next listing would find it there."""
+    for source in sources:
+        if f"{out_uri}/".startswith(f"{open_storage(source.uri).uri}/"):
+            raise ConfigError(f"prepare: --out {out_uri} lies inside source {source.name}; choose a place outside it")
 
 
 def _commit(cfg: PrepareConfig, sources: Sequence[SourceConfig], plan: Plan) -> Manifest:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import cv2
@@ -24,11 +24,10 @@ import pydantic
 from tqdm import tqdm
 
 from pipelines.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
-from pipelines.preparation.destination import finished
 from pipelines.synthetic.mixture import MixtureConfig, draw_picture
 from sr_platform import cluster
 from sr_platform.config import StrictConfig, load_config, run_job
-from sr_platform.errors import ConfigError, RequestError
+from sr_platform.errors import RequestError
 from sr_platform.publication import ShardReport, commit_dataset, finished_shards, publish_shard, remove_markers
 from sr_platform.shards import MANIFEST_NAME, Manifest, Source, json_digest
 from sr_platform.storage import Storage, open_storage
@@ -38,11 +37,11 @@ from sr_platform.storage import Storage, open_storage
 import ray.data
 from ray.exceptions import RayTaskError
 
+from pipelines.preparation.destination import begun, finished
+from pipelines.preparation.plan import PLAN_NAME
 from pipelines.stages.sample import map_shards
 from pipelines.stages.write import encode_png
 
-PLAN_NAME = "plan.json"
-"""Written first: what is being made here, so that another recipe is refused rather than mixed in."""
 DRAWING_VERSION = 1
 """Part of the recipe; to be raised whenever the same seed gives other pictures."""
 
@@ -134,7 +133,7 @@ def synthesize(cfg: SynthesizeConfig) -> Manifest:
         ConfigError: `out` holds, or was begun with, something else.
     """
     out = open_storage(cfg.out)
-    if begun(out, cfg.recipe()) and (done := finished(out)):
+    if begun(out, cfg.recipe(), job="synthesize") and (done := finished(out)):
         print(f"synthesize: {out.uri} is finished, with this recipe; nothing to do")
         return _wind_up(out, done)
     out.write_bytes_atomic(PLAN_NAME, (json.dumps({"recipe": cfg.recipe()}, sort_keys=True) + "\n").encode())
@@ -146,23 +145,6 @@ def synthesize(cfg: SynthesizeConfig) -> Manifest:
             f"synthesize: {cfg.num_shards} shards were planned and {len(reports)} are there; run it again"
         )
     return _wind_up(out, _commit(out, cfg, [reports[index] for index in sorted(reports)]))
-
-
-def begun(out: Storage, recipe: Mapping[str, Any]) -> bool:
-    """Whether `out` was begun with exactly this recipe. Raises ConfigError when it was begun with another."""
-    if not out.exists(PLAN_NAME):
-        if out.exists(MANIFEST_NAME):
-            raise ConfigError(f"synthesize: --out {out.uri} holds another dataset; choose an empty place")
-        return False
-    before = json.loads(out.read_bytes(PLAN_NAME)).get("recipe", {})
-    now = json.loads(json.dumps(recipe))
-    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if changed:
-        raise ConfigError(
-            f"synthesize: --out {out.uri} was made with other settings ({', '.join(changed)}); "
-            "old and new shards are never mixed; choose another --out"
-        )
-    return True
 
 
 def _draw(cfg: SynthesizeConfig, missing: Sequence[int]) -> Iterator[ShardReport]:

@@ -18,18 +18,18 @@ LISTING = "listing"
 _SURVEY_PARTS = "survey/"
 
 
-def begun(out: Storage, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def begun(out: Storage, recipe: Mapping[str, Any], *, job: str = "prepare") -> dict[str, Any]:
     """The record of what `out` was begun with, if anything. Raises ConfigError when that was another recipe."""
     if not out.exists(PLAN_NAME):
         if out.exists(MANIFEST_NAME):
-            raise ConfigError(f"prepare: --out {out.uri} holds another dataset; choose an empty place")
+            raise ConfigError(f"{job}: --out {out.uri} holds another dataset; choose an empty place")
         return {}
     before: dict[str, Any] = json.loads(out.read_bytes(PLAN_NAME))
     now = json.loads(json.dumps(recipe))
     if before["recipe"] == now:
         return before
     raise ConfigError(
-        f"prepare: --out {out.uri} was made with other settings ({', '.join(_differences(before['recipe'], now))}); "
+        f"{job}: --out {out.uri} was made with other settings ({', '.join(_differences(before['recipe'], now))}); "
         "old and new shards are never mixed; choose another --out"
     )
 

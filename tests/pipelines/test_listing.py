@@ -115,6 +115,14 @@ def test_the_lq_of_a_prepared_dataset_is_no_picture(folder: Path, listed: Listed
     assert beside(found["s/shards/n-0.tar/k.hq.png"]) == ["k.json"]
 
 
+def test_a_contact_sheet_is_a_picture_only_where_it_is_none_of_a_datasets(folder: Path, listed: Listed) -> None:
+    (folder / "data").mkdir()
+    for name in ("contact_sheet.png", "data/contact_sheet.png", "data/a.png"):
+        (folder / name).write_bytes(b"1")
+    (folder / "data" / "manifest.json").write_text("{}")
+    assert list(listed()) == ["s/contact_sheet.png", "s/data/a.png"]
+
+
 def test_names_that_lead_elsewhere_are_problems(folder: Path, listed: Listed) -> None:
     names = ["../a.png", "x/../../b.png", "/etc/c.png", "C:\\d.png", "..\\e.png", "f\n.png", "good.png", "../no.txt"]
     write_tar(folder / "a.tar", names)

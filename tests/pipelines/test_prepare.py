@@ -321,7 +321,14 @@ def test_shipped_recipes_are_complete_and_valid(name: str) -> None:
     assert cfg.degrade.recipe == ("level_II" if "validation" in name else "pasd")
 
 
+def test_an_output_inside_the_input_is_refused(picture_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="lies inside source pictures; choose a place outside"):
+        prepare(config(picture_folder, picture_folder / "data"))
+    assert not (picture_folder / "data").exists()
+
+
 def test_a_place_that_holds_a_foreign_dataset_is_refused(picture_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds another dataset; choose an empty place"):
-        prepare(config(picture_folder, tmp_path))
+        prepare(config(picture_folder, tmp_path / "data"))

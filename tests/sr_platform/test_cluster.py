@@ -32,6 +32,13 @@ def test_importing_sets_what_ray_reads_at_import():
     assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
+@pytest.mark.parametrize("job", ["demo", "prepare", "synthesize", "train"])
+def test_every_job_imports_the_cluster_before_ray(job):
+    environment = environment_after_import(f"import pipelines.{job}")
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+
+
 def test_a_ray_that_was_imported_first_is_left_as_it_is():
     environment = environment_after_import("import ray, os; os.environ.pop('RAY_AUTH_MODE', None)")
     assert "RAY_AUTH_MODE" not in environment

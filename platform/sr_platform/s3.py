@@ -26,7 +26,15 @@ MAX_CONNECTIONS = 32
 PAGE_KEYS = 1000
 """Names per request of a listing; S3 gives no more."""
 
-REFUSED = (botocore.exceptions.NoCredentialsError, botocore.exceptions.ParamValidationError, PermissionError)
+REFUSED = (
+    PermissionError,
+    botocore.exceptions.ConfigParseError,
+    botocore.exceptions.NoCredentialsError,
+    botocore.exceptions.NoRegionError,
+    botocore.exceptions.ParamValidationError,
+    botocore.exceptions.PartialCredentialsError,
+    botocore.exceptions.ProfileNotFound,
+)
 PASSING = (
     OSError,
     aiohttp.ClientError,

@@ -37,7 +37,7 @@ _ABSENT = -1
 class SampleIndex:
     """Columns, one entry per sample in the order of the shards: a million samples open in a moment and travel light."""
 
-    keys: pa.ChunkedArray
+    keys: pa.StringArray
     groups: pa.DictionaryArray
     shards: npt.NDArray[np.int32]
     """Places in the manifest's list of shards."""
@@ -73,7 +73,8 @@ def read_index(storage: Storage, manifest: Manifest) -> SampleIndex:
     table = pq.read_table(io.BytesIO(data))
     suffixes = [name.removesuffix(":start") for name in table.column_names if name.endswith(":start")]
     return SampleIndex(
-        keys=table["key"],
+        # In one piece: pickled pieces would each carry the whole.
+        keys=table["key"].combine_chunks(),
         groups=table["group"].combine_chunks().dictionary_encode(),
         shards=table["shard"].to_numpy(),
         members={s: (_places(table[f"{s}:start"]), _places(table[f"{s}:end"])) for s in suffixes},

@@ -25,8 +25,8 @@ from sr_platform.errors import InputDataError, RequestError, StorageError
 ATTEMPTS = 10
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 15.0
-CHUNK_BYTES = 8 * 2**20
-_CHUNKS_AT_ONCE = 4
+CHUNK_BYTES = 32 * 2**20
+_CHUNKS_AT_ONCE = 2
 _UNFINISHED = ".unfinished-"
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 

@@ -142,9 +142,12 @@ def _of_interest(source: SourceConfig, entries: Sequence[_Entry]) -> Iterable[_E
     for entry in entries:
         if not entry.place:
             yield entry
-        elif entry.path.lower().endswith(SUFFIXES) and source.takes(entry.path):
-            if not _is_of_a_dataset(entry.path, paths):
-                yield entry
+        elif (
+            entry.path.lower().endswith(SUFFIXES)
+            and source.takes(entry.path)
+            and not _is_of_a_dataset(entry.path, paths)
+        ):
+            yield entry
 
 
 def _is_of_a_dataset(path: str, paths: Set[str]) -> bool:

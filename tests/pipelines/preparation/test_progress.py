@@ -1,4 +1,4 @@
-"""Stages report what they did, and their warnings, from wherever they run; a line for logs says rates and what is left."""
+"""Stages report what they did, and their warnings, from wherever they run; a line for logs names rates."""
 
 from __future__ import annotations
 

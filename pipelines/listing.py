@@ -140,9 +140,7 @@ def _of_interest(source: SourceConfig, entries: Sequence[_Entry]) -> Iterable[_E
     """Pictures that the source takes, and archives that could not be read whole."""
     paths = {entry.path for entry in entries}
     for entry in entries:
-        if not entry.place:
-            yield entry
-        elif (
+        if not entry.place or (
             entry.path.lower().endswith(SUFFIXES)
             and source.takes(entry.path)
             and not _is_of_a_dataset(entry.path, paths)

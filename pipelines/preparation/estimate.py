@@ -56,8 +56,8 @@ def estimate_text(samples_per_shard: int, pictures: Sequence[Picture], measured:
     share = len(pictures) / measured.num_pictures
     crops, size_bytes = round(measured.num_crops * share), measured.size_bytes * share
     lines = [f"pictures     {len(pictures)}, {sum(p.size_bytes for p in pictures) / 2**20:.1f} MiB"]
-    for source, count in sorted(Counter(source_of(picture.name) for picture in pictures).items()):
-        lines.append(f"  {source:<11}{count}")
+    for source, num_pictures in sorted(Counter(source_of(picture.name) for picture in pictures).items()):
+        lines.append(f"  {source:<11}{num_pictures}")
     left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(measured.left_out.items())) or "none left out"
     lines.append(f"measured     {measured.num_pictures} of them, {measured.num_used} used; {left_out}")
     lines.append("             duplicates and limits show only in the whole set")

@@ -44,9 +44,8 @@ class StageCount:
         return self.rows / self.busy_s if self.busy_s else 0.0
 
 
-@ray.remote(num_cpus=0)
 class Tally:
-    """Adds up what workers report."""
+    """Adds up what workers report; runs as an actor."""
 
     def __init__(self) -> None:
         self.counts: dict[str, StageCount] = {}
@@ -107,7 +106,7 @@ class Board:
 def watched(expected: Mapping[str, int]) -> Iterator[Board]:
     """Draws the progress of the stages that are laid over a dataset inside the block: `expected` rows for each."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    board = Board(Tally.options(scheduling_strategy=here).remote(), expected)
+    board = Board(ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote(), expected)
     token, done, start = _tally.set(board.tally), threading.Event(), time.monotonic()
     draw = _draw_bars if sys.stderr.isatty() else _write_lines
     thread = threading.Thread(target=draw, args=(board, done), daemon=True)

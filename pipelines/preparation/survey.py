@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -70,7 +70,7 @@ class Survey:
             watch(found)
         return facts
 
-    def commit(self, pictures: Sequence[Picture], facts: dict[str, Facts]) -> None:
+    def commit(self, pictures: Sequence[Picture], facts: Mapping[str, Facts]) -> None:
         """Writes all facts into one file and removes the parts."""
         rows = [{**vars(facts[picture.name]), "asked": self._asked(picture)} for picture in pictures]
         self.out.write_bytes_atomic(SURVEY_NAME, parquet(pa.Table.from_pylist(rows, schema=_SCHEMA)))

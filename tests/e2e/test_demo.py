@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sr_platform.cluster import REPOSITORY_PATH
-from sr_platform.shards import SampleReader
+from sr_platform.sample_reader import SampleReader
 
 DEMO = [sys.executable, "pipelines/demo.py"]
 

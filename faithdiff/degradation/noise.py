@@ -18,6 +18,10 @@ _LUMA = np.array([[0.2989, 0.587, 0.114]], np.float32)
 _COUNTS = 512
 """Photon counts in the tables: none above, as a pixel's mean is 256 at most and 512 is 16 deviations away."""
 
+_COUNT_BITS = np.uint32(_COUNTS - 1)
+_CHUNK = 2**14
+"""Values at a time: what is made of them on the way stays in the cache."""
+
 
 def gaussian_noise(
     shape: tuple[int, ...], sigma: float, *, gray: bool, rng: np.random.Generator
@@ -43,13 +47,18 @@ def poisson_noise(image: Picture, scale: float, *, gray: bool, rng: np.random.Ge
 
 def _photon_counts(levels: NDArray[np.uint8], photons: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """Poisson counts of mean levels / 255 * photons, one random word each (Walker's alias method)."""
-    draws = _random_words(rng, levels.shape, np.uint32)
-    cell = levels.astype(np.intp)
-    cell *= _COUNTS
-    cell += draws & np.uint32(_COUNTS - 1)
-    entries = np.take(_alias_table(photons), cell)
-    # The upper 23 bits decide between the drawn count and the other one that shares its cell.
-    return (np.where(draws < entries, draws, entries) & np.uint32(_COUNTS - 1)).astype(np.float32)
+    table, flat = _alias_table(photons), levels.ravel()
+    draws = _random_words(rng, flat.shape, np.uint32)
+    counts = np.empty(flat.shape, np.float32)
+    for start in range(0, len(flat), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        cell = flat[part].astype(np.intp)
+        cell *= _COUNTS
+        cell += draws[part] & _COUNT_BITS
+        entries = table.take(cell)
+        # The upper 23 bits decide between the drawn count and the other one that shares its cell.
+        counts[part] = np.where(draws[part] < entries, draws[part], entries) & _COUNT_BITS
+    return counts.reshape(levels.shape)
 
 
 def add_noise(image: Picture, noise: NDArray[np.float32]) -> Picture:

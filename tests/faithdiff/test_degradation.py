@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from faithdiff.degradation import (
     degrade,
     draw_parameters,
     kernels,
+    load_steps,
 )
 from faithdiff.degradation.filtering import filter2d
 from faithdiff.degradation.jpeg import real_jpeg
@@ -173,7 +175,7 @@ def test_real_and_simulated_jpeg_lose_the_same_amount(golden: GoldenLoader) -> N
     for quality in (35.0, 60.0, 95.0):
         real = np.square(real_jpeg(image, quality) - image).mean()
         simulated = np.square(simulated_jpeg(image, quality) - image).mean()
-        assert 10 * abs(math.log10(real / simulated)) < 1.0
+        assert 10 * abs(math.log10(real / simulated)) < 0.2
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
@@ -243,14 +245,65 @@ def test_the_trace_names_every_step_and_the_steps_alone_repeat_the_picture() -> 
     assert [record["step"] for record in trace] == [type(step).__name__ for step in steps]
     assert all("noise_seed" in record for record in trace if record["step"] == "NoiseStep")
     np.testing.assert_array_equal(apply_steps(hq, steps), lq)
+    assert load_steps(json.loads(json.dumps(trace))) == steps
 
 
 def test_simulated_jpeg_in_the_engine_gives_nearly_the_same_gray_picture() -> None:
-    # In colour they differ by how halved chroma is enlarged: repeated, or interpolated by libjpeg.
+    # In colour a coefficient near a rounding boundary may fall to either side, as little lost, but elsewhere.
     hq = photograph()[..., :1].repeat(3, axis=-1)
     steps = [s for s in draw_parameters(PASD, key="k", seed=3) if not isinstance(s, NoiseStep)]
     real, simulated = apply_steps(hq, steps), apply_steps(hq, steps, simulate_jpeg=True)
     assert np.abs(real.astype(int) - simulated.astype(int)).mean() < 3
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        kernels.gaussian_kernel(21, 3.0, 3.0),
+        kernels.gaussian_kernel(21, 0.2, 0.2),
+        kernels.gaussian_kernel(11, 0.4, 3.0, 0.5),
+        kernels.gaussian_kernel(21, 0.5, 2.5, 1.0),
+        kernels.plateau_kernel(15, 2.5, 0.8, 1.1, beta=1.5),
+        kernels.plateau_kernel(21, 3.0, 2.0, 0.3, beta=1.0),
+        kernels.sinc_kernel(21, 0.7),
+        kernels.sinc_kernel(7, 3.0),
+    ],
+    ids=["separable", "one tap", "denormal taps", "thin", "strips", "fourier", "large sinc", "small sinc"],
+)
+def test_every_way_of_filtering_gives_the_same_numbers(kernel: np.ndarray) -> None:
+    for height, width in ((37, 53), (9, 64), (1, 5)):
+        image = np.random.default_rng(0).random((height, width, 3), np.float32)
+        rim = len(kernel) // 2
+        mirrored = np.pad(image.astype(np.float64), ((rim, rim), (rim, rim), (0, 0)), mode="reflect")
+        windows = np.lib.stride_tricks.sliding_window_view(mirrored, kernel.shape, axis=(0, 1))
+        np.testing.assert_allclose(filter2d(image, kernel), np.einsum("hwckl,kl->hwc", windows, kernel), atol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["area", "bilinear", "bicubic"])
+def test_resizing_equals_torch_for_odd_sizes_and_in_large_pictures(mode: Any) -> None:
+    cases: list[tuple[int, int, dict[str, Any]]] = [
+        (37, 53, {"size_px": (9, 13)}),
+        (301, 511, {"factor": 0.6511}),
+        (255, 129, {"factor": 1.4317}),
+        (12, 500, {"size_px": (17, 333)}),
+        (1, 7, {"size_px": (3, 1)}),
+    ]
+    for height, width, to in cases:
+        image = np.random.default_rng(0).random((height, width, 3), np.float32)
+        aligned = None if mode == "area" else False
+        arguments = {"size": to.get("size_px"), "scale_factor": to.get("factor"), "align_corners": aligned}
+        expected = hwc(torch.nn.functional.interpolate(chw(image)[None], mode=mode, **arguments))
+        np.testing.assert_allclose(resize(image, mode, **to), expected, atol=2e-6)
+
+
+def test_jpeg_of_odd_sizes_rings_at_the_border_as_the_simulated_one() -> None:
+    # The encoder's own filling would leave the last column out of the ringing.
+    image = np.full((33, 50, 3), 0.7, np.float32)
+    real, simulated = real_jpeg(image, 40.0), simulated_jpeg(image, 40.0)
+    for compressed in (real, simulated):
+        assert np.abs(compressed[:, :32] - 0.7)[:16].max() < 0.005
+        assert np.abs(compressed[:, -1] - 0.7).max() > 0.02
+    np.testing.assert_allclose(real, simulated, atol=0.06)
 
 
 @pytest.mark.parametrize("side_px", [4, 8, 20])

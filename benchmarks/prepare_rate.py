@@ -3,8 +3,8 @@
 plain      the stage functions one after the other on every shard, in as many processes as cores, without Ray
 pipeline   `prepare()` as users run it on a connected Ray: both passes, markers, commit, contact sheet, progress
 
-Both start from the same files and end with the same shards in another folder; they take turns. The ratio is the rate
-of the pipeline over that of the plain sum. Prints a table and writes JSON.
+Both start from the same files and end with the same shards in another folder; they take turns, after a warm-up. The
+ratio is the rate of the pipeline over that of the plain sum. Prints a table and writes JSON.
 
     python benchmarks/prepare_rate.py [--num-pictures 300] [--rounds 2]
 """
@@ -30,7 +30,6 @@ from sr_platform import cluster
 # Ray reads its environment when it is imported, and `cluster` sets it.
 import cv2
 import numpy as np
-import ray
 from PIL import Image
 
 from pipelines.photographs import write_photographs
@@ -66,7 +65,7 @@ def recipe(folder: Path, out: Path) -> PrepareConfig:
     )
 
 
-def plain_seconds(cfg: PrepareConfig, processes: int) -> dict[str, float]:
+def plain_seconds(cfg: PrepareConfig, pool: Any) -> dict[str, float]:
     """Wall seconds of all shards, and busy seconds of each stage added up over the processes."""
     from pipelines.preparation.passes import plan_of
     from pipelines.stages.filter import Facts
@@ -76,12 +75,11 @@ def plain_seconds(cfg: PrepareConfig, processes: int) -> dict[str, float]:
     sources = cfg.resolved_sources()
     pictures = list_pictures(sources, open_storage(f"{cfg.out}/listing"))
     start = time.perf_counter()
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        parts = [pictures[at : at + 32] for at in range(0, len(pictures), 32)]
-        surveyed = pool.starmap(plain_survey, [(cfg, part) for part in parts], chunksize=1)
-        facts = {fact.name: fact for found, _ in surveyed for fact in map(lambda row: Facts(**row), found)}
-        plan = plan_of(cfg, sources, pictures, facts, cfg.recipe(sources))
-        made = pool.starmap(plain_shard, [(cfg, plan, index) for index in range(len(plan.shards))], chunksize=1)
+    parts = [pictures[at : at + 32] for at in range(0, len(pictures), 32)]
+    surveyed = pool.starmap(plain_survey, [(cfg, part) for part in parts], chunksize=1)
+    facts = {row["name"]: Facts(**row) for found, _ in surveyed for row in found}
+    plan = plan_of(cfg, sources, pictures, facts, cfg.recipe(sources))
+    made = pool.starmap(plain_shard, [(cfg, plan, index) for index in range(len(plan.shards))], chunksize=1)
     wall_s = time.perf_counter() - start
     busy = dict.fromkeys(STAGES, 0.0)
     for seconds in [*(s for _, s in surveyed), *made]:
@@ -147,10 +145,13 @@ def main(
     try:
         write_pictures(place / "pictures", num_pictures, side_px)
         plain, pipeline = [], []
-        with cluster.connected(num_cpus=cores, local=True):
-            ray.get([ray.remote(lambda: None).remote() for _ in range(cores)])
+        write_pictures(place / "few", 4 * cores, side_px)
+        spawn = multiprocessing.get_context("spawn")
+        with spawn.Pool(cores) as pool, cluster.connected(num_cpus=cores, local=True):
+            plain_seconds(recipe(place / "few", place / "plain-warm"), pool)
+            prepare(recipe(place / "few", place / "pipeline-warm"))
             for number in range(rounds):
-                plain.append(plain_seconds(recipe(place / "pictures", place / f"plain{number}"), cores))
+                plain.append(plain_seconds(recipe(place / "pictures", place / f"plain{number}"), pool))
                 start = time.perf_counter()
                 prepare(recipe(place / "pictures", place / f"pipeline{number}"))
                 pipeline.append(time.perf_counter() - start)

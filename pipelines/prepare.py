@@ -33,7 +33,7 @@ from pipelines.preparation.ceiling import Ceiling
 from pipelines.preparation.destination import LISTING
 from pipelines.preparation.estimate import print_estimate
 from pipelines.preparation.inspection import inspect_command, verify_command
-from pipelines.preparation.passes import make_shards, plan_of, quiet_ray_data, survey_pictures
+from pipelines.preparation.passes import local_cpus, make_shards, plan_of, quiet_ray_data, survey_pictures
 from pipelines.preparation.plan import PLAN_NAME, Plan, count_reasons, listing_digest
 from pipelines.preparation.recipe import PrepareConfig
 from pipelines.preparation.survey import Survey
@@ -72,7 +72,7 @@ def prepare(cfg: PrepareConfig) -> Manifest:
     if before.get("listing_digest") == listing_digest(pictures) and (done := destination.finished(out)):
         print(f"prepare: {out.uri} is finished, with this recipe and these pictures; nothing to do")
         return destination.wind_up(out, done)
-    with cluster.connected(), quiet_ray_data():
+    with cluster.connected(num_cpus=local_cpus(cfg)), quiet_ray_data():
         ceiling = Ceiling(cfg.quarantine, len(pictures), out)
         facts = survey_pictures(cfg, sources, pictures, ceiling)
         plan = plan_of(cfg, sources, pictures, facts, recipe)

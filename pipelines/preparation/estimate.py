@@ -11,7 +11,7 @@ import ray
 
 from pipelines.preparation import destination
 from pipelines.preparation.ceiling import Ceiling
-from pipelines.preparation.passes import dataset, plan_of, quiet_ray_data
+from pipelines.preparation.passes import dataset, local_cpus, plan_of, quiet_ray_data
 from pipelines.preparation.plan import Plan, count_reasons
 from pipelines.preparation.progress import StageCount, watched
 from pipelines.preparation.recipe import PrepareConfig
@@ -43,7 +43,7 @@ def print_estimate(cfg: PrepareConfig) -> None:
     """Prints the plan. What the measurement has to write on the way is removed again."""
     out, sources = open_storage(cfg.out), cfg.resolved_sources()
     pictures = list_pictures(sources, open_storage(f"{out.uri}/{destination.LISTING}"))
-    with cluster.connected(), quiet_ray_data():
+    with cluster.connected(num_cpus=local_cpus(cfg)), quiet_ray_data():
         measured = _measured(cfg, sources, _some(pictures, cfg.seed))
         cpus = ray.cluster_resources().get("CPU", 1.0)
     if not destination.is_begun(out):

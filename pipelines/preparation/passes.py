@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,13 @@ from sr_platform.shards import json_digest
 from sr_platform.storage import open_storage
 
 _SLOWEST_SHARD_S = 1800
+
+
+def local_cpus(cfg: PrepareConfig) -> int:
+    """Logical CPUs of a Ray that the job starts itself: its cores, and one for every actor that waits for shards."""
+    has_captioner, has_encoder = cfg.caption.mode != "text", bool(cfg.encode.model)
+    actors = has_captioner * cfg.workers.caption_actors + has_encoder * cfg.workers.encode_actors
+    return (os.cpu_count() or 1) + actors
 
 
 def survey_pictures(

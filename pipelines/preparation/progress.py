@@ -10,6 +10,7 @@ Nothing here decides anything: a lost count is a lost count.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import threading
@@ -22,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
@@ -50,6 +52,9 @@ class Tally:
     def __init__(self) -> None:
         self.counts: dict[str, StageCount] = {}
         self.notices: list[str] = []
+
+    def clear(self) -> None:
+        self.counts, self.notices = {}, []
 
     def add(self, stage: str, rows: int, busy_s: float) -> None:
         count = self.counts.setdefault(stage, StageCount())
@@ -98,15 +103,25 @@ class Board:
 
     def refresh(self) -> list[str]:
         """Fetches the counts; returns new notices."""
-        self.totals, notices = ray.get(self.tally.snapshot.remote())
+        try:
+            self.totals, notices = ray.get(self.tally.snapshot.remote())
+        except RayActorError:
+            return []  # it went down with its node and comes back
         return list(notices)
+
+
+@functools.lru_cache(maxsize=1)
+def _tally_of(job_id: str) -> Any:
+    """One actor for all blocks of a job: starting one costs a second of a core."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(Tally).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
 
 
 @contextmanager
 def watched(expected: Mapping[str, int]) -> Iterator[Board]:
     """Draws the progress of the stages that are laid over a dataset inside the block: `expected` rows for each."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    board = Board(ray.remote(Tally).options(num_cpus=0, scheduling_strategy=here).remote(), expected)
+    board = Board(_tally_of(ray.get_runtime_context().get_job_id()), expected)
+    ray.get(board.tally.clear.remote())
     token, done, start = _tally.set(board.tally), threading.Event(), time.monotonic()
     draw = _draw_bars if sys.stderr.isatty() else _write_lines
     thread = threading.Thread(target=draw, args=(board, done), daemon=True)

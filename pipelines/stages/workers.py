@@ -12,8 +12,8 @@ from sr_platform.config import StrictConfig
 class WorkersConfig(StrictConfig):
     """Who works, and how many at once."""
 
-    num_cpus: Annotated[float, pydantic.Field(gt=0)] = 1.0
-    """Logical CPUs of each task and actor."""
+    num_cpus: Annotated[float, pydantic.Field(gt=0)] = 0.66
+    """Logical CPUs of each task and actor; below one, so that a core has work while another shard is handed out."""
     filter_num_gpus: pydantic.NonNegativeFloat = 0.0
     """GPUs, or a fraction of one, for each task that filters, where a source has a quality threshold."""
     caption_actors: pydantic.PositiveInt = 1

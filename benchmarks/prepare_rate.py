@@ -145,7 +145,7 @@ def main(
     try:
         write_pictures(place / "pictures", num_pictures, side_px)
         plain, pipeline = [], []
-        write_pictures(place / "few", 4 * cores, side_px)
+        write_pictures(place / "few", 32 * cores, side_px)
         spawn = multiprocessing.get_context("spawn")
         with spawn.Pool(cores) as pool, cluster.connected(num_cpus=cores, local=True):
             plain_seconds(recipe(place / "few", place / "plain-warm"), pool)

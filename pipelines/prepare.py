@@ -35,6 +35,7 @@ from pipelines.preparation.estimate import print_estimate
 from pipelines.preparation.inspection import inspect_command, verify_command
 from pipelines.preparation.passes import local_cpus, make_shards, plan_of, quiet_ray_data, survey_pictures
 from pipelines.preparation.plan import PLAN_NAME, Plan, count_reasons, listing_digest
+from pipelines.preparation.progress import stage_table
 from pipelines.preparation.recipe import PrepareConfig
 from pipelines.preparation.survey import Survey
 from pipelines.sources import SourceConfig
@@ -80,7 +81,9 @@ def prepare(cfg: PrepareConfig) -> Manifest:
         if not plan.shards:
             raise _nothing_usable(cfg, list(plan.problems.items()), begun=bool(before))
         out.write_bytes_atomic(PLAN_NAME, json_lines([plan.record()]))
-        make_shards(cfg, sources, plan, ceiling)
+        board = make_shards(cfg, sources, plan, ceiling)
+    if board:
+        print(stage_table(board.totals))
     return _commit(cfg, sources, plan)
 
 

@@ -112,7 +112,9 @@ def train(cfg: TrainConfig) -> TrainResult:
 
 def check_request(cfg: TrainConfig) -> Request:
     """`cfg` with absolute paths, after everything was checked that can be before Ray starts."""
-    cfg = cfg.model_copy(update={"data": absolute_uri(cfg.data), "out": cfg.out.expanduser().resolve()})
+    cache = cfg.data_cache and cfg.data_cache.expanduser().resolve()
+    paths = {"data": absolute_uri(cfg.data), "out": cfg.out.expanduser().resolve(), "data_cache": cache}
+    cfg = cfg.model_copy(update=paths)
     manifest = read_manifest(cfg.data)
     check_shards(cfg.data, manifest)
     if cfg.out.exists() and not cfg.out.is_dir():
@@ -133,8 +135,8 @@ def check_shards(uri: str, manifest: Manifest) -> None:
     """Raises InputDataError where a shard is missing or cut off; workers would find out much later."""
     if manifest.num_samples == 0:
         raise InputDataError(f"train: {uri} holds no samples; prepare it from more or larger pictures")
-    storage = open_storage(uri)
-    wrong = [s.name for s in manifest.shards if not storage.exists(s.name) or storage.size(s.name) != s.size_bytes]
+    sizes = open_storage(uri).sizes("shards/")
+    wrong = [shard.name for shard in manifest.shards if sizes.get(shard.name) != shard.size_bytes]
     if wrong:
         raise InputDataError(
             f"train: {len(wrong)} of {len(manifest.shards)} shards of {uri} are missing or cut off, "

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import tyro
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from faithdiff.degradation import Recipe, Step, degrade, draw_parameters
 from faithdiff.degradation.recipe import recipe_from
@@ -57,7 +58,13 @@ def verify_command(argv: Sequence[str]) -> None:
     """Raises InputDataError, naming the first problem, when anything differs."""
     cfg = load_config(VerifyConfig, argv, job="prepare verify", recipe=False)
     manifest = read_manifest(cfg.uri)
-    problems = verify_dataset(cfg.uri)
+    total_bytes = sum(shard.size_bytes for shard in manifest.shards)
+    with tqdm(total=total_bytes, desc="verify", unit="B", unit_scale=True) as bar:
+
+        def show(done_bytes: int, total_bytes: int) -> None:
+            bar.update(done_bytes - bar.n)
+
+        problems = verify_dataset(cfg.uri, show)
     for problem in problems:
         print(problem)
     if problems:

@@ -175,6 +175,17 @@ def progress_line(totals: Mapping[str, StageCount], expected: Mapping[str, int],
     return ", ".join(parts) + (f"; about {left_s:.0f} s left" if left_s >= 1 else "")
 
 
+def stage_table(totals: Mapping[str, StageCount]) -> str:
+    """What every stage handled, how fast a core is at it, and its share of the work."""
+    busy_s = sum(count.busy_s for count in totals.values()) or 1.0
+    lines = [f"{'stage':<12} {'rows':>9} {'a second, each core':>21} {'of the work':>13}"]
+    lines += [
+        f"  {stage:<10} {count.rows:>9} {count.per_busy_second:>21.1f} {count.busy_s / busy_s:>12.0%}"
+        for stage, count in totals.items()
+    ]
+    return "\n".join(lines)
+
+
 class _Forward(logging.Handler):
     def __init__(self, tally: Any) -> None:
         super().__init__(logging.WARNING)

@@ -95,6 +95,8 @@ class TrainConfig(StrictConfig):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     data_workers: NonNegativeInt = 0
     """Processes per worker that decode and cut samples ahead; 0 does it in the training process."""
+    data_cache: Path | None = None
+    """Folder on a local disk with room for all shards: those on S3 are fetched whole, once, and read from there."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed settings that replace generated ones, as they are."""
 
@@ -142,5 +144,5 @@ class TrainConfig(StrictConfig):
     def digest(self) -> str:
         """Changes with anything that decides the result; not with paths, logging or what is kept."""
         incidental = {"out", "stage", "log_every_updates", "keep_checkpoints", "max_failures", "data_workers"}
-        values = self.model_dump(mode="json", exclude=incidental | {"experiment", "cpus_per_worker"})
+        values = self.model_dump(mode="json", exclude=incidental | {"experiment", "cpus_per_worker", "data_cache"})
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

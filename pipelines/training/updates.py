@@ -86,7 +86,7 @@ class Worker:
         # Stages see other crops and other noise of the same pictures.
         seed = zlib.crc32(f"{cfg.seed} {job.stage}".encode())
         crop = CropConfig(size_px=cfg.size_px, caption_dropout=cfg.caption_dropout)
-        reader, reads = SampleReader(cfg.data), job.stored.reads
+        reader, reads = SampleReader(cfg.data, cfg.data_cache), job.stored.reads
         self.data = MicroBatches(reader, self.split, rank=self.rank, seed=seed, crop=crop, reads=reads)
         pipeline = load_model(job)
         dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32

@@ -36,7 +36,7 @@ from sr_platform.storage import Storage
 
 DONE = "done/"
 """Folder of the markers of finished shards, while the dataset is unfinished."""
-_MARKER_READERS = 16
+_AT_ONCE = 16
 
 
 class Rejection(StrictConfig):
@@ -98,7 +98,7 @@ def finished_shards(storage: Storage, *, name: str) -> dict[int, ShardReport]:
     """The reports of all shards that are published whole, by index; one whose tar is gone or cut off is not."""
     markers = [marker for marker in storage.list(f"{DONE}{name}-") if marker.endswith(".json")]
     sizes = storage.sizes("shards/")
-    with ThreadPoolExecutor(_MARKER_READERS) as pool:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         reports = list(pool.map(lambda marker: _read_marker(storage, marker), markers))
     return {
         report.index: report
@@ -148,8 +148,8 @@ def commit_dataset(
 
 def remove_markers(storage: Storage) -> None:
     """Removes what only an unfinished dataset needs."""
-    for marker in storage.list(DONE):
-        storage.delete(marker)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(storage.delete, storage.list(DONE)))
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

@@ -96,7 +96,7 @@ def refuse_nested(out_uri: str, sources: Sequence[SourceConfig]) -> None:
 
 def _commit(cfg: PrepareConfig, sources: Sequence[SourceConfig], plan: Plan) -> Manifest:
     out = open_storage(cfg.out)
-    reports = finished_shards(out, name=cfg.name)
+    reports = finished_shards(out, name=cfg.name, plan=plan.digest)
     missing = [shard.index for shard in plan.shards if shard.index not in reports]
     if missing:
         raise RuntimeError(f"prepare: {len(missing)} shards vanished after they were written; run it again")

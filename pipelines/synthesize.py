@@ -100,7 +100,8 @@ class Synthesize:
 
     def publish(self, index: int) -> ShardReport:
         samples = (self.draw(number) for number in self.cfg.numbers(index))
-        return publish_shard(self.storage, name=self.cfg.name, index=index, samples=samples)
+        plan = json_digest(self.cfg.recipe())
+        return publish_shard(self.storage, name=self.cfg.name, index=index, plan=plan, samples=samples)
 
     def draw(self, number: int) -> tuple[str, dict[str, bytes]]:
         """Key and members of one picture."""
@@ -137,7 +138,7 @@ def synthesize(cfg: SynthesizeConfig) -> Manifest:
         print(f"synthesize: {out.uri} is finished, with this recipe; nothing to do")
         return _wind_up(out, done)
     out.write_bytes_atomic(PLAN_NAME, (json.dumps({"recipe": cfg.recipe()}, sort_keys=True) + "\n").encode())
-    reports = finished_shards(out, name=cfg.name)
+    reports = finished_shards(out, name=cfg.name, plan=json_digest(cfg.recipe()))
     missing = [index for index in range(cfg.num_shards) if index not in reports]
     reports.update((report.index, report) for report in _draw(cfg, missing))
     if sorted(reports) != list(range(cfg.num_shards)):

@@ -57,6 +57,7 @@ def finished(out: Storage) -> Manifest | None:
 def wind_up(out: Storage, manifest: Manifest) -> Manifest:
     """Removes what only an unfinished dataset needs, draws the contact sheet and prints the summary."""
     remove_markers(out)
+    out.remove_unfinished()
     _delete(out, _SURVEY_PARTS, f"{LISTING}/")
     if not out.exists(CONTACT_SHEET_NAME):
         write_contact_sheet(out.uri)

@@ -88,7 +88,7 @@ def plan_of(
 def make_shards(cfg: PrepareConfig, sources: Sequence[SourceConfig], plan: Plan, ceiling: Ceiling) -> Board | None:
     """The second pass: every planned shard that is not published yet."""
     out = open_storage(cfg.out)
-    finished = finished_shards(out, name=cfg.name)
+    finished = finished_shards(out, name=cfg.name, plan=plan.digest)
     for report in finished.values():
         ceiling.add((r.source, f"{r.reason}: {r.detail}") for r in report.rejections)
     todo = [shard for shard in plan.shards if shard.index not in finished]
@@ -130,7 +130,7 @@ def dataset(
     ds = caption_stage(ds, cfg.caption, workers, seed=cfg.seed)
     ds = degrade_stage(ds, cfg.degrade, workers, seed=cfg.seed)
     ds = encode_stage(ds, cfg.encode, workers, seed=cfg.seed)
-    return write_stage(ds, out_uri, workers, name=cfg.name, about=about, groups=groups)
+    return write_stage(ds, out_uri, workers, name=cfg.name, about=about, groups=groups, plan=plan.digest)
 
 
 def _expected(cfg: PrepareConfig, shards: Sequence[PlannedShard]) -> dict[str, int]:

@@ -62,6 +62,11 @@ class Plan:
         """Contents of every picture that is used."""
         return {picture.name: self.facts[picture.name].sha256 for s in self.shards for picture in s.pictures}
 
+    @property
+    def digest(self) -> str:
+        """Of everything that decides what the shards hold."""
+        return json_digest([self.recipe, self._contents(self.pictures)])
+
     def record(self) -> dict[str, Any]:
         """What plan.json keeps: enough to recognise the same request, and to say how another differs."""
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -58,12 +58,6 @@ class PrepareConfig(StrictConfig):
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> PrepareConfig:
         given = self.sources or (self.source,)
-        tiled = [source.name for source in given if source.cut != "whole" and not source.resize_px]
-        if tiled and self.filter.min_side_px < self.crop.size_px:
-            raise ValueError(
-                f"filter.min_side_px is {self.filter.min_side_px}, smaller than crop.size_px {self.crop.size_px}; "
-                "raise the one or lower the other"
-            )
         if self.mixture and abs(sum(self.mixture.values()) - 1) > 1e-6:
             raise ValueError(f"mixture: shares add up to {sum(self.mixture.values()):g}; they must add up to 1")
         if not self.input and not all(PurePosixPath(s.uri).is_absolute() or "://" in s.uri for s in given):
@@ -77,18 +71,34 @@ class PrepareConfig(StrictConfig):
             for source in self.sources or (self.source,)
         ]
         resolved = resolve_sources(given, self.catalogue)
-        groups = {source.group for source in resolved}
-        if unknown := sorted(set(self.mixture) ^ groups) if self.mixture else []:
+        self._check_cuts(resolved)
+        self._check_mixture({source.group for source in resolved})
+        return resolved
+
+    def _check_cuts(self, sources: Sequence[SourceConfig]) -> None:
+        tiled = [source for source in sources if source.cut == "tiles"]
+        if tiled and self.filter.min_side_px < self.crop.size_px:
             raise ConfigError(
-                f"prepare: mixture names {', '.join(sorted(self.mixture))} and the sources are of "
-                f"{', '.join(sorted(map(str, groups)))}; give every group a share ({', '.join(map(str, unknown))})"
+                f"prepare: filter.min_side_px is {self.filter.min_side_px}, smaller than crop.size_px "
+                f"{self.crop.size_px}; raise the one or lower the other"
             )
-        if self.encode.model and (whole := [s.name for s in resolved if s.cut == "whole" or s.resize_px]):
+        if small := [s.name for s in tiled if s.resize_px and s.resize_px[0] < self.crop.size_px]:
+            raise ConfigError(
+                f"prepare: {', '.join(small)} is resized to less than crop.size_px {self.crop.size_px} and then cut "
+                "into tiles; raise resize_px, or cut it whole"
+            )
+        if self.encode.model and (whole := [s.name for s in sources if s.cut == "whole" or s.resize_px]):
             raise ConfigError(
                 f"prepare: encode works on tiles of the training crop's size, and {', '.join(whole)} is cut whole or "
                 "resized; leave encode.model empty or those sources out"
             )
-        return resolved
+
+    def _check_mixture(self, groups: Set[str]) -> None:
+        if self.mixture and (other := sorted(set(self.mixture) ^ groups)):
+            raise ConfigError(
+                f"prepare: mixture names {', '.join(sorted(self.mixture))} and the sources are of "
+                f"{', '.join(sorted(groups))}; give every group a share ({', '.join(other)})"
+            )
 
     def recipe(self, sources: Sequence[SourceConfig], encoders: Mapping[str, str] | None = None) -> dict[str, Any]:
         """The settings that decide the content of the shards; not where they lie or who works on them.

@@ -36,7 +36,7 @@ _HASHED_SIDE_PX = 256
 class FilterConfig(StrictConfig):
     """Which pictures are worth training on. `source.quality` adds a learnt metric where a source wants one."""
 
-    min_side_px: pydantic.PositiveInt = 512
+    min_side_px: Annotated[int, pydantic.Field(ge=16)] = 512
     """Shorter side of the smallest picture; at least the crop size."""
     max_pixels: pydantic.PositiveInt = 200_000_000
     """Height times width of the largest picture that is decoded at all."""

@@ -27,9 +27,9 @@ class Write:
     """Packs the samples of one shard and publishes it exactly once; with `out_uri` None it only packs, to be timed."""
 
     def __init__(
-        self, out_uri: str | None, *, name: str, about: Mapping[str, object], groups: Mapping[str, str]
+        self, out_uri: str | None, *, name: str, about: Mapping[str, object], groups: Mapping[str, str], plan: str = ""
     ) -> None:
-        self.out_uri, self.name, self.about, self.groups = out_uri, name, dict(about), dict(groups)
+        self.out_uri, self.name, self.about, self.groups, self.plan = out_uri, name, dict(about), dict(groups), plan
 
     def __call__(self, table: pa.Table) -> pa.Table:
         shards: dict[int, list[Sample]] = {}
@@ -56,6 +56,7 @@ class Write:
                 open_storage(self.out_uri),
                 name=self.name,
                 index=index,
+                plan=self.plan,
                 samples=members,
                 groups={sample.key: self.groups.get(source_of(sample.source), "") for sample in usable},
                 rejections=rejections,
@@ -119,7 +120,8 @@ def write_stage(
     name: str,
     about: Mapping[str, object],
     groups: Mapping[str, str],
+    plan: str,
 ) -> ray.data.Dataset:
     """`about` is written into every sample's json; `groups` maps sources to what the recipe mixes by."""
-    stage = Write(out_uri, name=name, about=about, groups=groups)
+    stage = Write(out_uri, name=name, about=about, groups=groups, plan=plan)
     return map_shards(ds, stage.__call__, num_cpus=workers.num_cpus, name="write")

@@ -55,6 +55,8 @@ class ShardReport(StrictConfig):
     """What became of everything that was dealt to one shard."""
 
     index: int
+    plan: str = ""
+    """Digest of the plan it was made by: a shard of another plan is no part of this one."""
     shard: ShardInfo | None
     """None when nothing of it was usable: then no file is written."""
     entries: tuple[SampleEntry, ...] = ()
@@ -70,13 +72,15 @@ def publish_shard(
     *,
     name: str,
     index: int,
+    plan: str = "",
     samples: Iterable[tuple[str, Mapping[str, bytes]]],
     groups: Mapping[str, str] | None = None,
     rejections: Sequence[Rejection] = (),
 ) -> ShardReport:
     """Writes one shard and then its marker; doing it again, even at the same time elsewhere, gives the same bytes.
 
-    `samples` are (key, members); `groups` maps keys to the group they are mixed by.
+    `plan` is the digest of everything that decides what the shard holds; `samples` are (key, members); `groups` maps
+    keys to the group they are mixed by.
     """
     packed = pack_shard(samples)
     file = f"shards/{shard_name(name, index)}.tar"
@@ -89,13 +93,13 @@ def publish_shard(
         SampleEntry(key=key, group=(groups or {}).get(key, ""), members=places)
         for key, places in packed.members.items()
     )
-    report = ShardReport(index=index, shard=info, entries=entries, rejections=tuple(rejections))
+    report = ShardReport(index=index, plan=plan, shard=info, entries=entries, rejections=tuple(rejections))
     storage.write_bytes_atomic(f"{DONE}{shard_name(name, index)}.json", report.model_dump_json().encode())
     return report
 
 
-def finished_shards(storage: Storage, *, name: str) -> dict[int, ShardReport]:
-    """The reports of all shards that are published whole, by index; one whose tar is gone or cut off is not."""
+def finished_shards(storage: Storage, *, name: str, plan: str = "") -> dict[int, ShardReport]:
+    """The reports of all shards of a plan that are published whole, by index: their tars are there, not cut off."""
     markers = [marker for marker in storage.list(f"{DONE}{name}-") if marker.endswith(".json")]
     sizes = storage.sizes("shards/")
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -103,7 +107,9 @@ def finished_shards(storage: Storage, *, name: str) -> dict[int, ShardReport]:
     return {
         report.index: report
         for report in reports
-        if report and (report.shard is None or sizes.get(report.shard.name) == report.shard.size_bytes)
+        if report
+        and report.plan == plan
+        and (report.shard is None or sizes.get(report.shard.name) == report.shard.size_bytes)
     }
 
 

@@ -133,6 +133,11 @@ class Storage:
         """Names of all files whose names start with `prefix`, sorted; empty when nothing is there."""
         return sorted(self.sizes(prefix))
 
+    def remove_unfinished(self) -> None:
+        """Removes what killed writers left behind; for the time when nobody writes."""
+        for path in Path(self.uri).rglob(f"{_UNFINISHED}*") if self.is_local else ():
+            path.unlink(missing_ok=True)
+
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Name and bytes of all files whose names start with `prefix`, in one listing."""
         return {name: details.size_bytes for name, details in self.details(prefix).items()}

@@ -142,6 +142,7 @@ def assert_as_undisturbed(storm: Storm, pictures: Path, calm: Path) -> None:
     assert manifest.digest == read_manifest(undisturbed.uri).digest
     assert manifest.counts["pictures"] == len(list(pictures.iterdir()))
     assert storm.out.list() == undisturbed.list()
+    assert not storm.out.is_local or not list(Path(storm.out.uri).rglob(".*"))
     about = {"killed": storm.killed, "exits": storm.exits, "datasets": len(storm.results), "digest": manifest.digest}
     print(json.dumps(about))
 

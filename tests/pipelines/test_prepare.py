@@ -234,6 +234,23 @@ def test_samples_are_encoded_where_the_recipe_names_a_model(
     assert (encodings[0].digests.vae, encodings[0].digests.text) == (weights["vae"], weights["text"])
 
 
+def test_tiles_of_pictures_that_are_resized_below_a_tile_are_refused(picture_folder: Path, tmp_path: Path) -> None:
+    source = {"name": "pictures", "resize_px": [16, 64]}
+    with pytest.raises(ConfigError, match=r"pictures is resized to less than crop\.size_px 32"):
+        prepare(config(picture_folder, tmp_path / "out", source=source))
+
+
+@pytest.mark.ray
+def test_shards_of_another_plan_are_not_taken_even_if_the_plan_itself_is_gone(
+    picture_folder: Path, tmp_path: Path, local_ray: None
+) -> None:
+    half_done(config(picture_folder, tmp_path / "out", seed=7))
+    (tmp_path / "out" / "plan.json").unlink()
+    (tmp_path / "out" / "shards" / ".unfinished-0").write_bytes(b"of a killed writer")
+    assert prepare(config(picture_folder, tmp_path / "out")) == prepare(config(picture_folder, tmp_path / "whole"))
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_encoding_together_with_resized_sources_is_refused(picture_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pictures is cut whole or resized"):
         prepare(

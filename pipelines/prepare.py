@@ -68,11 +68,11 @@ def prepare(cfg: PrepareConfig) -> Manifest:
     refuse_nested(out.uri, sources)
     recipe = cfg.recipe(sources, check_encoder(cfg.encode))
     before = destination.begun(out, recipe)
-    check_captioner(cfg.caption)
     pictures = list_pictures(sources, open_storage(f"{out.uri}/{LISTING}"))
     if before.get("listing_digest") == listing_digest(pictures) and (done := destination.finished(out)):
         print(f"prepare: {out.uri} is finished, with this recipe and these pictures; nothing to do")
         return destination.wind_up(out, done)
+    check_captioner(cfg.caption)
     with cluster.connected(num_cpus=local_cpus(cfg)), quiet_ray_data():
         ceiling = Ceiling(cfg.quarantine, len(pictures), out)
         facts = survey_pictures(cfg, sources, pictures, ceiling)

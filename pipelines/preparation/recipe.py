@@ -35,8 +35,9 @@ class PrepareConfig(StrictConfig):
     """Shards are called <name>-000000.tar."""
     seed: pydantic.NonNegativeInt = 0
     """Everything random derives from it and the name of the picture."""
-    samples_per_shard: pydantic.PositiveInt = 256
-    """A shard is closed when it has this many crops; a picture's crops stay together."""
+    samples_per_shard: pydantic.PositiveInt = 128
+    """A shard is closed when it has this many crops; a picture's crops stay together. A task holds a whole shard in
+    memory: about 7 MiB for each crop of 512 px."""
     source: SourceConfig = SourceConfig(name="pictures")
     """The one source of a recipe that lists none."""
     sources: tuple[SourceConfig, ...] = ()

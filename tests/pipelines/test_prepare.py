@@ -19,6 +19,7 @@ from faithdiff.degradation import PASD, degrade
 from faithdiff.encodings import Encoding
 from pipelines.preparation.recipe import PrepareConfig
 from pipelines.prepare import main, prepare
+from pipelines.synthesize import SynthesizeConfig, synthesize
 from sr_platform.cluster import REPOSITORY_PATH
 from sr_platform.config import read_recipe, validate
 from sr_platform.errors import ConfigError, InputDataError
@@ -249,6 +250,36 @@ def test_shards_of_another_plan_are_not_taken_even_if_the_plan_itself_is_gone(
     (tmp_path / "out" / "shards" / ".unfinished-0").write_bytes(b"of a killed writer")
     assert prepare(config(picture_folder, tmp_path / "out")) == prepare(config(picture_folder, tmp_path / "whole"))
     assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+@pytest.mark.ray
+def test_too_many_bad_pictures_stop_the_job_and_are_listed(
+    picture_folder: Path, tmp_path: Path, local_ray: None
+) -> None:
+    for index in range(12):
+        (picture_folder / f"bad{index}.jpg").write_bytes(b"no picture")
+    ceiling = {"max_fraction": 0.5, "always_allowed": 3}
+    with pytest.raises(InputDataError, match=r"of 21 pictures are bad so far \(.*, and 10 are allowed; .*mend them or"):
+        prepare(config(picture_folder, tmp_path / "out", quarantine=ceiling))
+    lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert len(lines) > 10
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    manifest = prepare(config(picture_folder, tmp_path / "out", quarantine={"max_fraction": 0.9}))
+    assert manifest.counts["quarantined: unreadable"] == 14
+
+
+@pytest.mark.ray
+def test_webdataset_shards_are_a_source_whose_captions_and_texts_travel_along(tmp_path: Path, local_ray: None) -> None:
+    synthesize(SynthesizeConfig(out=str(tmp_path / "drawn"), num_images=6, size_px=96, images_per_shard=4))
+    manifest = prepare(config(tmp_path / "drawn", tmp_path / "out"))
+    assert manifest.counts["pictures"] == 6
+    reader = SampleReader(str(tmp_path / "out"))
+    abouts = [json.loads(found["json"]) for found in reader.read_many(range(len(reader)), ["json"])]
+    assert {about["source"].rpartition("/")[0] for about in abouts} == {
+        f"pictures/shards/synthetic-00000{index}.tar" for index in (0, 1)
+    }
+    assert all(about["meta"]["kind"] and about["caption"] for about in abouts)
+    assert any(line["string"] for about in abouts for line in about["meta"]["text"])
 
 
 def test_encoding_together_with_resized_sources_is_refused(picture_folder: Path, tmp_path: Path) -> None:

@@ -92,8 +92,7 @@ def print_summary(out: Storage, manifest: Manifest) -> None:
 
 def _delete(out: Storage, *prefixes: str) -> None:
     for prefix in prefixes:
-        for file in out.list(prefix):
-            out.delete(file)
+        out.delete_all(prefix)
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:

@@ -77,8 +77,7 @@ class Survey:
         self.forget_parts()
 
     def forget_parts(self) -> None:
-        for part in self.out.list(_PARTS):
-            self.out.delete(part)
+        self.out.delete_all(_PARTS)
 
     def _asked(self, picture: Picture) -> str:
         """Changes with the file and with anything that its facts depend on."""
@@ -88,7 +87,7 @@ class Survey:
 
     def _remembered(self) -> dict[tuple[str, str], Facts]:
         names = [name for name in (SURVEY_NAME,) if self.out.exists(name)] + self.out.list(_PARTS)
-        tables = [pq.read_table(io.BytesIO(self.out.read_bytes(name))) for name in names]
+        tables = [pq.read_table(io.BytesIO(data)) for data in self.out.read_all(names)]
         rows = [row for table in tables if table.schema.equals(_SCHEMA) for row in table.to_pylist()]
         return {(row["name"], row["asked"]): _facts(row) for row in rows}
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pydantic
@@ -36,7 +35,6 @@ from sr_platform.storage import Storage
 
 DONE = "done/"
 """Folder of the markers of finished shards, while the dataset is unfinished."""
-_AT_ONCE = 16
 
 
 class Rejection(StrictConfig):
@@ -102,8 +100,7 @@ def finished_shards(storage: Storage, *, name: str, plan: str = "") -> dict[int,
     """The reports of all shards of a plan that are published whole, by index: their tars are there, not cut off."""
     markers = [marker for marker in storage.list(f"{DONE}{name}-") if marker.endswith(".json")]
     sizes = storage.sizes("shards/")
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        reports = list(pool.map(lambda marker: _read_marker(storage, marker), markers))
+    reports = [_parse_marker(data) for data in storage.read_all(markers)]
     return {
         report.index: report
         for report in reports
@@ -154,8 +151,7 @@ def commit_dataset(
 
 def remove_markers(storage: Storage) -> None:
     """Removes what only an unfinished dataset needs."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        list(pool.map(storage.delete, storage.list(DONE)))
+    storage.delete_all(DONE)
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
@@ -163,9 +159,9 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode()
 
 
-def _read_marker(storage: Storage, marker: str) -> ShardReport | None:
+def _parse_marker(data: bytes) -> ShardReport | None:
     try:
-        return ShardReport.model_validate_json(storage.read_bytes(marker))
+        return ShardReport.model_validate_json(data)
     except pydantic.ValidationError:
         # Of another version of this file: the shard is simply made again.
         return None

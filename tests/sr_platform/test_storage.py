@@ -38,6 +38,19 @@ def test_what_was_written_is_read_back_listed_and_measured(storage: Storage) -> 
     assert not storage.exists("shards")
 
 
+def test_many_files_are_read_in_order_and_removed_together(storage: Storage) -> None:
+    names = [f"done/{index:03d}.json" for index in range(40)]
+    for index, name in enumerate(names):
+        storage.write_bytes_atomic(name, str(index).encode())
+    storage.write_bytes_atomic("kept.json", b"{}")
+    assert storage.read_all(names[::-1]) == tuple(str(index).encode() for index in reversed(range(40)))
+    storage.delete_all("done/")
+    storage.delete_all("nothing/")
+    assert storage.list() == ["kept.json"]
+    with pytest.raises(InputDataError, match=r"000\.json does not exist"):
+        storage.read_all(names[:1])
+
+
 def test_a_second_write_replaces_the_first_and_delete_removes(storage: Storage) -> None:
     storage.write_bytes_atomic("x", b"one")
     storage.write_bytes_atomic("x", b"")

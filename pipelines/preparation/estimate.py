@@ -101,7 +101,7 @@ def _measured(cfg: PrepareConfig, sources: Sequence[SourceConfig], pictures: Seq
     with watched(dict.fromkeys(("ingest", "crop", "caption", "degrade", "write"), len(pictures))) as board:
         rows = list(dataset(cfg, sources, _spread(plan), _spread(plan).shards, out_uri=None).iter_rows())
         board.refresh()
-    stages = board.totals | stages
+    stages = {"ingest": board.totals["ingest"]} | stages | board.totals
     size_bytes = sum(row["size_bytes"] for row in rows)
     num_crops = sum(row["num_samples"] for row in rows)
     return Measured(len(pictures), len(plan.sha256), num_crops, size_bytes, stages, left_out)

@@ -130,7 +130,7 @@ def resolve_sources(sources: Sequence[SourceConfig], catalogue: str | PathLike[s
 
 
 def read_catalogue(path: str | PathLike[str] = "") -> dict[str, dict[str, Any]]:
-    """Source name -> its fields, other than name and URI, checked. Raises ConfigError when it cannot be read."""
+    """Source name -> its other fields, checked. Raises ConfigError when it cannot be read."""
     path = Path(path) if path else CATALOGUE_PATH
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -139,7 +139,7 @@ def read_catalogue(path: str | PathLike[str] = "") -> dict[str, dict[str, Any]]:
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ConfigError(f"sources: catalogue {path} must be a mapping of names to settings")
     for name, entry in entries.items():
-        validate(SourceConfig, {**entry, "name": name, "uri": "-"}, where=f"sources: catalogue {path}: {name}")
+        validate(SourceConfig, {**entry, "name": name}, where=f"sources: catalogue {path}: {name}")
     return entries
 
 

@@ -58,20 +58,17 @@ class PrepareConfig(StrictConfig):
 
     @pydantic.model_validator(mode="after")
     def _fits_together(self) -> PrepareConfig:
-        given = self.sources or (self.source,)
         if self.mixture and abs(sum(self.mixture.values()) - 1) > 1e-6:
             raise ValueError(f"mixture: shares add up to {sum(self.mixture.values()):g}; they must add up to 1")
-        if not self.input and not all(PurePosixPath(s.uri).is_absolute() or "://" in s.uri for s in given):
-            raise ValueError("input: required, unless every source has an absolute uri of its own")
         return self
 
     def resolved_sources(self) -> list[SourceConfig]:
         """Every source with its catalogue entry filled in and an absolute URI. Raises ConfigError for a wrong one."""
-        given = [
-            source.model_copy(update={"uri": _below(self.input, source.uri)})
-            for source in self.sources or (self.source,)
-        ]
-        resolved = resolve_sources(given, self.catalogue)
+        filled = resolve_sources(self.sources or (self.source,), self.catalogue)
+        if not self.sources:
+            # The input of a single source is its own folder, not one that holds it.
+            filled = [filled[0].model_copy(update={"uri": self.source.uri})]
+        resolved = [source.model_copy(update={"uri": _below(self.input, source)}) for source in filled]
         self._check_cuts(resolved)
         self._check_mixture({source.group for source in resolved})
         return resolved
@@ -114,8 +111,10 @@ class PrepareConfig(StrictConfig):
         return content
 
 
-def _below(base: str, uri: str) -> str:
-    """`uri`, or the place that a relative one names below `base`."""
-    if not base or "://" in uri or PurePosixPath(uri).is_absolute():
-        return uri
-    return f"{base.rstrip('/') or '/'}/{uri}" if uri else base
+def _below(base: str, source: SourceConfig) -> str:
+    """The source's URI, or the place that a relative one names below `base`. Raises ConfigError when there is none."""
+    if "://" in source.uri or PurePosixPath(source.uri).is_absolute():
+        return source.uri
+    if not base:
+        raise ConfigError(f"prepare: source {source.name} has no absolute uri; give one, or --input to find it below")
+    return f"{base.rstrip('/') or '/'}/{source.uri}" if source.uri else base

@@ -369,6 +369,21 @@ def test_shipped_recipes_are_complete_and_valid(name: str) -> None:
     assert cfg.degrade.recipe == ("level_II" if "validation" in name else "pasd")
 
 
+def test_uris_come_from_the_recipe_the_catalogue_or_the_input(tmp_path: Path) -> None:
+    def uris(**settings: Any) -> list[str]:
+        cfg = validate(PrepareConfig, {**RECIPE, "out": "out", **settings}, where="test")
+        return [source.uri for source in cfg.resolved_sources()]
+
+    own = {"name": "own", "uri": "s3://bucket/own", "licence": "CC0"}
+    named = {"name": "div2k"}
+    assert uris(input="/raw", sources=[named, own]) == ["/raw/DIV2K", "s3://bucket/own"]
+    assert uris(input="raw", sources=[{"name": "div2k", "uri": "elsewhere"}]) == ["raw/elsewhere"]
+    assert uris(input="/raw/my_div2k", source=named) == ["/raw/my_div2k"]
+    assert uris(source={"name": "a", "uri": "/raw/a"}) == ["/raw/a"]
+    with pytest.raises(ConfigError, match="source div2k has no absolute uri; give one, or --input"):
+        uris(sources=[named])
+
+
 def test_an_output_inside_the_input_is_refused(picture_folder: Path) -> None:
     with pytest.raises(ConfigError, match="lies inside source pictures; choose a place outside"):
         prepare(config(picture_folder, picture_folder / "data"))

@@ -167,6 +167,7 @@ def test_an_unsteady_s3_and_a_kill_leave_the_dataset_of_an_undisturbed_run(
     through_unsteady_s3(faulty_s3(seed=7, rate=0.1), pictures, tmp_path, request, num_kills=1, seed=7)
 
 
+@pytest.mark.ray
 @pytest.mark.soak
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("pictures", [300], indirect=True)
@@ -191,6 +192,7 @@ def through_unsteady_s3(
     assert_as_undisturbed(storm, pictures, tmp_path / "calm")
 
 
+@pytest.mark.ray
 @pytest.mark.soak
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("pictures", [400], indirect=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.contact_sheet import CONTACT_SHEET_NAME, write_contact_sheet
+from pipelines.preparation import survey
 from pipelines.preparation.plan import PLAN_NAME
 from sr_platform.errors import ConfigError
 from sr_platform.publication import DONE, remove_markers
@@ -15,7 +16,6 @@ from sr_platform.storage import Storage
 
 LISTING = "listing"
 """Folder of what the listing of archives remembers."""
-_SURVEY_PARTS = "survey/"
 
 
 def begun(out: Storage, recipe: Mapping[str, Any], *, job: str = "prepare") -> dict[str, Any]:
@@ -37,7 +37,7 @@ def begun(out: Storage, recipe: Mapping[str, Any], *, job: str = "prepare") -> d
 def refuse_other_pictures(out: Storage, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ConfigError when `out` was begun with pictures of other names or contents."""
     if before and before["contents_digest"] != now["contents_digest"]:
-        _delete(out, _SURVEY_PARTS, f"{LISTING}/")
+        _delete(out, survey.PARTS, f"{LISTING}/")
         raise ConfigError(
             f"prepare: --out {out.uri} was made with other pictures ({before['num_pictures']} then, "
             f"{now['num_pictures']} now); old and new shards are never mixed; choose another --out"
@@ -58,7 +58,7 @@ def wind_up(out: Storage, manifest: Manifest) -> Manifest:
     """Removes what only an unfinished dataset needs, draws the contact sheet and prints the summary."""
     remove_markers(out)
     out.remove_unfinished()
-    _delete(out, _SURVEY_PARTS, f"{LISTING}/")
+    _delete(out, survey.PARTS, f"{LISTING}/")
     if not out.exists(CONTACT_SHEET_NAME):
         write_contact_sheet(out.uri)
     print_summary(out, manifest)
@@ -71,7 +71,7 @@ def is_begun(out: Storage) -> bool:
 
 def discard(out: Storage) -> None:
     """Removes what a fruitless run has written; nothing else that may lie there."""
-    _delete(out, _SURVEY_PARTS, f"{LISTING}/", DONE)
+    _delete(out, survey.PARTS, f"{LISTING}/", DONE)
     out.delete(PLAN_NAME)
 
 

@@ -28,7 +28,8 @@ from sr_platform.shards import json_digest
 from sr_platform.storage import Storage, open_storage
 
 SURVEY_NAME = "survey.parquet"
-_PARTS = "survey/"
+PARTS = "survey/"
+"""Folder of the facts of an unfinished survey."""
 _FACTS_VERSION = 1
 _PICTURES_PER_PART = 32
 _SCHEMA = FACTS_SCHEMA.append(pa.field("asked", pa.string()))
@@ -77,7 +78,7 @@ class Survey:
         self.forget_parts()
 
     def forget_parts(self) -> None:
-        self.out.delete_all(_PARTS)
+        self.out.delete_all(PARTS)
 
     def _asked(self, picture: Picture) -> str:
         """Changes with the file and with anything that its facts depend on."""
@@ -86,7 +87,7 @@ class Survey:
         return json_digest([_FACTS_VERSION, picture.size_bytes, picture.fingerprint, self.cfg.max_pixels, wanted])
 
     def _remembered(self) -> dict[tuple[str, str], Facts]:
-        names = [name for name in (SURVEY_NAME,) if self.out.exists(name)] + self.out.list(_PARTS)
+        names = [name for name in (SURVEY_NAME,) if self.out.exists(name)] + self.out.list(PARTS)
         tables = [pq.read_table(io.BytesIO(data)) for data in self.out.read_all(names)]
         rows = [row for table in tables if table.schema.equals(_SCHEMA) for row in table.to_pylist()]
         return {(row["name"], row["asked"]): _facts(row) for row in rows}
@@ -103,7 +104,7 @@ class Remember:
         names = facts.column("name").to_pylist()
         table = facts.append_column("asked", pa.array([asked[name] for name in names], pa.string()))
         part = json_digest([[name, asked[name]] for name in names])[:24]
-        open_storage(self.out_uri).write_bytes_atomic(f"{_PARTS}{part}.parquet", parquet(table))
+        open_storage(self.out_uri).write_bytes_atomic(f"{PARTS}{part}.parquet", parquet(table))
         return table
 
 

@@ -21,10 +21,11 @@ import ray.data
 from numpy.typing import NDArray
 from PIL import Image
 
+from faithdiff.degradation.recipe import SCALE
 from pipelines.sources import SourceConfig, source_of
 from pipelines.stages.decode import decode_picture
 from pipelines.stages.filter import gray_deviation
-from pipelines.stages.sample import SCALE, Sample, map_shards, read_table, sample_rng, to_table
+from pipelines.stages.sample import Sample, map_shards, read_table, sample_rng, to_table
 from pipelines.stages.workers import WorkersConfig
 from sr_platform.config import StrictConfig
 

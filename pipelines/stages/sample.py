@@ -18,10 +18,8 @@ import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
 
+from faithdiff.degradation.recipe import SCALE
 from pipelines.preparation.progress import Counted, current_tally
-
-SCALE = 4
-"""lq pictures have a quarter of the height and width of their hq picture."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from faithdiff.degradation.recipe import SCALE
 from sr_platform.errors import InputDataError
 from sr_platform.sample_order import SampleOrder
 
@@ -40,7 +41,6 @@ _PIL_FILTER = {
 HQ_SUFFIX = "hq.png"
 ENCODED_SUFFIX = "latents.safetensors"
 """The member that the encode stage adds to a sample."""
-_SCALE = 4
 _ITEM_STREAM, _VARIANT_STREAM = 3, 4
 _LQ_NAME = re.compile(r"lq(\d*)\.png")
 
@@ -156,7 +156,7 @@ def cut_item(hq: Picture | None, lq: Picture, caption: str, draws: ItemDraws, *,
     Source: Realesrgan_offline_dataset.py:166-229 @ f11af6c, with `target_size` 512 px as since 2025-08-11.
     """
     lq = _pad(lq[:, ::-1] if draws.is_flipped else lq, crop_px)
-    top_px, left_px, side_px = draws.top_px * _SCALE, draws.left_px * _SCALE, crop_px * _SCALE
+    top_px, left_px, side_px = draws.top_px * SCALE, draws.left_px * SCALE, crop_px * SCALE
     lq_crop = lq[draws.top_px : draws.top_px + crop_px, draws.left_px : draws.left_px + crop_px]
     upsampled = Image.fromarray(lq_crop).resize((side_px, side_px), _PIL_FILTER[draws.upsampling])
     if hq is not None:
@@ -166,7 +166,7 @@ def cut_item(hq: Picture | None, lq: Picture, caption: str, draws: ItemDraws, *,
         hq=hq,
         lq=np.asarray(upsampled),
         caption="" if draws.is_caption_dropped else caption,
-        time_ids=(lq.shape[0] * _SCALE, lq.shape[1] * _SCALE, top_px, left_px, side_px, side_px),
+        time_ids=(lq.shape[0] * SCALE, lq.shape[1] * SCALE, top_px, left_px, side_px, side_px),
         draws=draws,
     )
 
@@ -239,8 +239,8 @@ class MicroBatches(Dataset[Batch]):
     def _item(self, sample: int, index: int, lq_suffix: str, members: Mapping[str, bytes]) -> Item:
         lq = self._decoded(index, members[lq_suffix])
         hq = self._decoded(index, members[HQ_SUFFIX]) if HQ_SUFFIX in members else None
-        assert hq is None or hq.shape[:2] == (lq.shape[0] * _SCALE, lq.shape[1] * _SCALE), (hq.shape, lq.shape)
-        crop_px = self.crop.size_px // _SCALE
+        assert hq is None or hq.shape[:2] == (lq.shape[0] * SCALE, lq.shape[1] * SCALE), (hq.shape, lq.shape)
+        crop_px = self.crop.size_px // SCALE
         draws = draw_item(self.seed, sample, *lq.shape[:2], crop_px=crop_px, caption_dropout=self.crop.caption_dropout)
         caption: str = json.loads(members["json"])["caption"]
         return cut_item(hq, lq, caption, draws, crop_px=crop_px)

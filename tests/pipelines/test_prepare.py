@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.data
 
 from faithdiff.captions import build_tiny_llava
 from faithdiff.degradation import PASD, degrade
@@ -112,6 +113,19 @@ def assert_a_sample_can_be_made_again(reader: SampleReader) -> None:
     seed = json.loads(sample["json"])["seed"]
     lq = degrade(pixels(sample["hq.png"]), PASD, key=reader.keys[7], seed=seed)
     np.testing.assert_array_equal(lq, pixels(sample["lq.png"]))
+
+
+@pytest.mark.ray
+def test_the_size_of_blocks_changes_nothing(
+    picture_folder: Path, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = prepare(config(picture_folder, tmp_path / "large"))
+    monkeypatch.setattr("pipelines.preparation.survey._PICTURES_PER_PART", 2)
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = 1000
+    with ray.data.DataContext.current(context):
+        assert prepare(config(picture_folder, tmp_path / "small")) == large
+    assert content(tmp_path / "small") == content(tmp_path / "large")
 
 
 @pytest.mark.ray

@@ -1,4 +1,8 @@
-"""What a training recipe says; everything is counted in optimiser updates and samples, nothing in workers."""
+"""What a training recipe says; everything is counted in optimiser updates and samples, nothing in workers.
+
+Settings that decide the result are in the recipe's digest. Those that decide only where, how fast and how visibly it is
+reached (`_INCIDENTAL`) are not: a run may go on with other workers, another micro-batch or another ZeRO stage.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +15,43 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from sr_platform.config import StrictConfig
 
-Stage = Literal["align", "unified"]
-_STAGES: dict[str, tuple[Stage, ...]] = {"align": ("align",), "unified": ("unified",), "both": ("align", "unified")}
+Stage = Literal["align", "encoder", "unified"]
+Part = Literal["alignment", "lq_encoder", "unet", "control"]
+"""What can be trained: alignment module, LQ encoder, SDXL's UNet, control branch."""
+
+_DEFAULT_PARTS: dict[Stage, tuple[Part, ...]] = {
+    "align": ("alignment",),
+    "encoder": ("alignment", "lq_encoder"),
+    "unified": ("alignment", "lq_encoder", "unet"),
+}
+_INCIDENTAL = {
+    *("data", "out", "model", "stage", "num_workers", "min_workers", "max_micro_batch", "probe_memory", "use_gpu"),
+    *("cpus_per_worker", "zero_stage", "offload_optimizer", "gradient_checkpointing", "compile", "data_workers"),
+    *("data_cache", "log_every_updates", "checkpoint_every_updates", "keep_checkpoints", "keep_every_updates"),
+    *("max_failures", "experiment", "registered_model", "alias", "validation", "deepspeed"),
+}
 
 
 class StageConfig(StrictConfig):
-    """One of the two stages."""
+    """One stage of training."""
 
     num_updates: PositiveInt
     """Optimiser updates; the cosine ends here."""
     learning_rate: PositiveFloat
-    """Peak learning rate of the alignment module, and in the unified stage of the UNet."""
+    """Peak learning rate of the alignment module, UNet and control branch."""
     lq_encoder_learning_rate: PositiveFloat = 5e-6
-    """Peak learning rate of the LQ encoder, which the unified stage alone trains."""
+    """Peak learning rate of the LQ encoder, in stages that train it."""
     warmup_updates: NonNegativeInt = 0
     """Updates over which the learning rate rises linearly from 0."""
+    trains: tuple[Part, ...] | None = None
+    """What is trained, everything else is frozen; by default what the stage trains in the paper."""
 
     @model_validator(mode="after")
-    def _warm_up_ends(self) -> StageConfig:
+    def _fits_together(self) -> StageConfig:
         if self.warmup_updates >= self.num_updates:
             raise ValueError(f"warmup_updates must be below num_updates={self.num_updates}")
+        if self.trains is not None and not self.trains:
+            raise ValueError("trains must name at least one of alignment, lq_encoder, unet, control")
         return self
 
 
@@ -45,8 +66,44 @@ class OptimizerConfig(StrictConfig):
     """Gradients of an update are scaled down to this norm."""
 
 
+class LossScaleConfig(StrictConfig):
+    """Dynamic loss scale of fp16: halved when gradients overflow, doubled after a while without."""
+
+    initial_power: NonNegativeInt = 16
+    """The scale starts at 2 ** initial_power."""
+    growth_interval: PositiveInt = 1000
+    """Updates without overflow before the scale is doubled."""
+    floor: PositiveFloat = 1.0
+    """Training stops with an error when the scale falls below: gradients have collapsed."""
+
+
+class ArchitectureConfig(StrictConfig):
+    """How the low-quality picture enters the UNet; anything but the defaults is an ablation of the paper."""
+
+    alignment: Literal["transformer", "sum"] = "transformer"
+    """Alignment module as in the paper, or the embedded LQ features simply added to the latent features."""
+    features: Literal["penultimate", "last"] = "penultimate"
+    """Which layer of the VAE encoder gives the LQ features: the one before the last, or the latents themselves."""
+    control: bool = False
+    """Condition a ControlNet-style copy of the UNet's encoder, whose features modulate the UNet's skips (SFT)."""
+
+
+class ValidationConfig(StrictConfig):
+    """Fixed pictures that are restored while training goes on."""
+
+    every_updates: PositiveInt = 500
+    data: str | None = None
+    """URI of a prepared dataset; by default the training data."""
+    num_pictures: PositiveInt = 4
+    """Its first pictures, in the order of the shards."""
+    num_inference_steps: PositiveInt = 20
+    guidance_scale: PositiveFloat = 5.0
+    start_from: Literal["lq", "noise"] = "lq"
+    seed: NonNegativeInt = 0
+
+
 class TrainConfig(StrictConfig):
-    """Both stages of one training."""
+    """All stages of one training."""
 
     data: str
     """URI of a prepared dataset: a folder, file:// or s3://."""
@@ -54,13 +111,22 @@ class TrainConfig(StrictConfig):
     """Stage 1: the alignment module alone."""
     unified: StageConfig
     """Stage 2: LQ encoder, alignment module and UNet."""
-    out: Path = Path("out/train")
-    """Folder of checkpoints, models and (without MLFLOW_TRACKING_URI) the MLflow database. All nodes must see it."""
+    encoder: StageConfig | None = None
+    """A stage between both that tunes the LQ encoder with the UNet fixed; part of the paper's ablations only."""
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    out: str = "out/train"
+    """URI of checkpoints and models; a local folder also holds the MLflow database without MLFLOW_TRACKING_URI.
+    All nodes must see it: with several, give s3:// or a shared file system."""
     model: str = "nano"
     """Model to start from: a preset, a folder, or models:/name@alias."""
-    stage: Literal["align", "unified", "both"] = "both"
+    resume_from: str | None = None
+    """URI of a checkpoint, of any number of workers, whose weights, moments and update the first stage goes on from."""
+    stage: Literal["align", "encoder", "unified", "both"] = "both"
+    """Which stage runs; both: all that the recipe has."""
     num_workers: PositiveInt = 2
-    """Ray Train workers, one process each."""
+    """Ray Train workers, one process each; the most, where `min_workers` is given."""
+    min_workers: PositiveInt | None = None
+    """Go on with as few workers as this when nodes are lost, and with more again when they come back."""
     max_updates: PositiveInt | None = None
     """End each stage after so many updates, on the learning-rate curve of the whole stage."""
     seed: NonNegativeInt = 0
@@ -69,18 +135,27 @@ class TrainConfig(StrictConfig):
     """Samples per update, over all workers and micro-batches."""
     max_micro_batch: PositiveInt = 32
     """Most samples a worker takes through the network at once; accumulation follows from it."""
+    probe_memory: bool = False
+    """Before each stage measure how many samples fit into memory, and take no more."""
     size_px: PositiveInt = Field(default=512, multiple_of=8)
     """Side of the high-quality crops."""
     caption_dropout: float = Field(default=0.2, ge=0, le=1)
     """Share of samples trained with the empty caption."""
     noise_offset: NonNegativeFloat = 0.02
     """Standard deviation of the noise that a whole channel shares."""
-    alignment_attention: Literal["model", "tokens", "value"] = "model"
-    """What alignment blocks attend to: as the model says, a picture's tokens (paper), or nothing (released)."""
+    mixture: Literal["dataset", "proportional"] = "dataset"
+    """Shares of the groups in the draws: as the dataset says, or as many as each group has samples."""
+    alignment_attention: Literal["model", "tokens", "value", "batch"] = "model"
+    """What alignment blocks attend to: as the model says, a picture's tokens (paper), nothing, or, at each pixel, the
+    other pictures of a group of `attention_group` (released script; such a model restores with "value")."""
+    attention_group: PositiveInt = 16
+    """Consecutive samples that see each other with alignment_attention=batch: the released batch of one GPU."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     average_decay: float = Field(default=0.0, ge=0, lt=1)
     """Upper limit of the moving average's decay per update; 0 keeps no average."""
+    average_every_updates: PositiveInt = 1
+    """Updates between two steps of the moving average, whose decay is not corrected for it."""
     export: Literal["raw", "averaged"] = "raw"
     """Which weights the written model holds."""
 
@@ -88,22 +163,34 @@ class TrainConfig(StrictConfig):
     """One GPU per worker."""
     cpus_per_worker: PositiveFloat = 1.0
     """Logical CPUs that Ray reserves per worker."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the network's arithmetic; the optimiser's weights are fp32 always."""
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    """For fp16."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What DeepSpeed shares out between workers: nothing, optimiser state, gradients too, parameters too."""
+    offload_optimizer: bool = False
+    """Keep optimiser state and its arithmetic in the CPU's memory."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the repeated transformer blocks: minutes at the start, then faster updates on a GPU."""
     data_workers: NonNegativeInt = 0
     """Processes per worker that decode and cut samples ahead; 0 does it in the training process."""
     data_cache: Path | None = None
     """Folder on a local disk with room for all shards: those on S3 are fetched whole, once, and read from there."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed settings that replace generated ones, as they are."""
+    """DeepSpeed settings that replace generated ones, as they are, mapping by mapping; logged with the run."""
 
     log_every_updates: PositiveInt = 10
-    """Updates between two looks at the loss, which is then also checked to be finite."""
+    """Updates between two looks at the losses."""
     checkpoint_every_updates: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
+    """The newest ones, of each stage."""
+    keep_every_updates: PositiveInt | None = None
+    """Checkpoints at multiples of this stay for good."""
+    validation: ValidationConfig | None = None
+    """Pictures restored on the way; none by default."""
     max_failures: NonNegativeInt = 2
     """Worker failures after which the run goes on from its last checkpoint."""
 
@@ -116,24 +203,46 @@ class TrainConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
-        if self.global_batch % self.num_workers:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers={self.min_workers} is above num_workers={self.num_workers}; lower it")
+        if self.num_workers > self.global_batch:
             raise ValueError(
-                f"global_batch={self.global_batch} is not divisible by num_workers={self.num_workers}; change one"
+                f"num_workers={self.num_workers} is above global_batch={self.global_batch}: some would have no sample; "
+                "change one"
             )
         if self.export == "averaged" and not self.average_decay:
             raise ValueError("export=averaged needs average_decay above 0")
-        if self.average_decay and self.zero_stage == 3:
-            raise ValueError("average_decay needs zero_stage 0, 1 or 2")
-        if self.average_decay and self.zero_stage == 0 and self.precision == "bf16":
-            raise ValueError("average_decay in bf16 needs zero_stage 1 or 2, which keep fp32 weights")
+        if self.alignment_attention == "batch" and self.global_batch % self.attention_group:
+            raise ValueError(
+                f"global_batch={self.global_batch} is not divisible by attention_group={self.attention_group}; "
+                "change one"
+            )
+        if self.stage == "encoder" and self.encoder is None:
+            raise ValueError("stage=encoder needs the recipe's encoder stage; give encoder or another stage")
+        self._check_parts()
         return self
+
+    def _check_parts(self) -> None:
+        for stage in self.stages:
+            trains = self.trained_parts(stage)
+            if "control" in trains and not self.architecture.control:
+                raise ValueError(f"{stage}.trains names control; set architecture.control too")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return _STAGES[self.stage]
+        if self.stage != "both":
+            return (self.stage,)
+        return ("align", "unified") if self.encoder is None else ("align", "encoder", "unified")
 
     def stage_config(self, stage: Stage) -> StageConfig:
-        return self.align if stage == "align" else self.unified
+        config = {"align": self.align, "encoder": self.encoder, "unified": self.unified}[stage]
+        assert config is not None, stage
+        return config
+
+    def trained_parts(self, stage: Stage) -> tuple[Part, ...]:
+        """What the stage trains."""
+        trains = self.stage_config(stage).trains
+        return _DEFAULT_PARTS[stage] if trains is None else trains
 
     def last_update(self, stage: Stage) -> int:
         """How many updates the stage runs."""
@@ -142,7 +251,6 @@ class TrainConfig(StrictConfig):
 
     @property
     def digest(self) -> str:
-        """Changes with anything that decides the result; not with paths, logging or what is kept."""
-        incidental = {"out", "stage", "log_every_updates", "keep_checkpoints", "max_failures", "data_workers"}
-        values = self.model_dump(mode="json", exclude=incidental | {"experiment", "cpus_per_worker", "data_cache"})
+        """Changes with anything that decides the result; not with paths, hardware, logging or what is kept."""
+        values = self.model_dump(mode="json", exclude=_INCIDENTAL)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -28,7 +28,8 @@ from faithdiff.schedule import alphas_cumprod
 from pipelines.stages.encode import Encode, EncodeConfig
 from pipelines.stages.sample import Sample
 from pipelines.stages.write import encode_png
-from pipelines.training.batches import BatchSplit, CropConfig, MicroBatches
+from pipelines.training.batch_split import BatchSplit
+from pipelines.training.batches import CropConfig, MicroBatches
 from pipelines.training.inputs import FrozenModels, StoredInputs, find_stored_inputs
 from sr_platform.publication import commit_dataset, publish_shard
 from sr_platform.sample_reader import SampleReader

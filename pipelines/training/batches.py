@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from faithdiff.degradation.recipe import SCALE
+from pipelines.training.batch_split import BatchSplit, Slot
 from sr_platform.errors import InputDataError
 from sr_platform.sample_order import SampleOrder
 
@@ -94,38 +95,14 @@ class Batch:
     time_ids: Tensor
     samples: list[int]
     """Numbers in the stream of samples; the noise of the batch is drawn from them."""
+    weights: Tensor
+    """float32 [B]: 1, or 0 for samples that only fill the batch."""
     encoded: list[bytes] | None = None
     """`ENCODED_SUFFIX` of every sample, where it is read."""
     flips: list[bool] = field(default_factory=list)
     """Which samples are mirrored."""
     dropped: list[bool] = field(default_factory=list)
     """Which samples have lost their caption."""
-
-
-@dataclass(frozen=True)
-class BatchSplit:
-    """How the global batch of an update is shared: every rank runs `accumulation` micro-batches of `micro_batch`."""
-
-    global_batch: int
-    world_size: int
-    micro_batch: int
-
-    @property
-    def accumulation(self) -> int:
-        return self.global_batch // (self.world_size * self.micro_batch)
-
-    @classmethod
-    def derive(cls, global_batch: int, world_size: int, max_micro_batch: int) -> BatchSplit:
-        """The largest micro-batch up to `max_micro_batch` that divides a rank's share of the global batch."""
-        assert global_batch % world_size == 0, f"{global_batch} over {world_size}"
-        share = global_batch // world_size
-        micro_batch = max(size for size in range(1, min(share, max_micro_batch) + 1) if share % size == 0)
-        return cls(global_batch, world_size, micro_batch)
-
-    def samples(self, update: int, micro_step: int, rank: int) -> list[int]:
-        """Numbers of the samples that `rank` sees in the given micro-step of the given update (both from 0)."""
-        first = update * self.global_batch + (micro_step * self.world_size + rank) * self.micro_batch
-        return list(range(first, first + self.micro_batch))
 
 
 def draw_item(
@@ -198,18 +175,29 @@ class MicroBatches(Dataset[Batch]):
         seed: int,
         crop: CropConfig,
         reads: Sequence[str] = (HQ_SUFFIX,),
+        mixture: Mapping[str, float] | None = None,
     ) -> None:
-        """`reads` are the members that are read besides lq and json: hq.png, or `ENCODED_SUFFIX`, or both."""
+        """`reads` are the members that are read besides lq and json: hq.png, or `ENCODED_SUFFIX`, or both.
+
+        `mixture` replaces the dataset's shares of its groups; {} draws every sample equally often.
+        """
         self.reader, self.split, self.rank, self.seed, self.crop = reader, split, rank, seed, crop
         self.reads = tuple(reads)
-        self.order = SampleOrder(seed, len(reader), groups=reader.groups, mixture=reader.mixture)
+        shares = reader.mixture if mixture is None else mixture
+        self.order = SampleOrder(seed, len(reader), groups=reader.groups, mixture=shares)
 
     def __getitem__(self, number: int) -> Batch:
         update, micro_step = divmod(number, self.split.accumulation)
-        return self.batch(self.split.samples(update, micro_step, self.rank))
+        return self.batch(self.split.slots(update, micro_step, self.rank))
 
-    def batch(self, samples: Sequence[int]) -> Batch:
+    def keys_of_update(self, update: int) -> list[str]:
+        """Keys of all samples of an update (from 0), over all ranks."""
+        first = update * self.split.global_batch
+        return [self.reader.keys[self.order.index(n)] for n in range(first, first + self.split.global_batch)]
+
+    def batch(self, slots: Sequence[Slot]) -> Batch:
         """Reads all samples at the same time, and of each only what it shows."""
+        samples = [slot.sample for slot in slots]
         shown = [self._shown(sample) for sample in samples]
         found = self.reader.read_members([(index, (*self.reads, lq_suffix, "json")) for index, lq_suffix in shown])
         items = [
@@ -221,7 +209,8 @@ class MicroBatches(Dataset[Batch]):
             lq=to_tensor([item.lq for item in items]),
             captions=[item.caption for item in items],
             time_ids=torch.tensor([item.time_ids for item in items], dtype=torch.float32),
-            samples=list(samples),
+            samples=samples,
+            weights=torch.tensor([slot.weight for slot in slots]),
             encoded=[members[ENCODED_SUFFIX] for members in found] if ENCODED_SUFFIX in self.reads else None,
             flips=[item.draws.is_flipped for item in items],
             dropped=[item.draws.is_caption_dropped for item in items],

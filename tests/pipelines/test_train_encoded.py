@@ -20,7 +20,8 @@ from faithdiff.encodings import Encoding
 from pipelines import train as job
 from pipelines.stages.encode import Encode, EncodeConfig
 from pipelines.stages.sample import Sample
-from pipelines.training.batches import BatchSplit, CropConfig, MicroBatches
+from pipelines.training.batch_split import BatchSplit
+from pipelines.training.batches import CropConfig, MicroBatches
 from pipelines.training.inputs import FrozenModels, StoredInputs, find_stored_inputs
 from pipelines.training.recipe import TrainConfig
 from sr_platform.config import load_config

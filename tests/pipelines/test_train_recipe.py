@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from faithdiff.bundle import list_presets
-from pipelines.training.batches import BatchSplit
+from pipelines.training.batch_split import BatchSplit
 from pipelines.training.deepspeed_config import deepspeed_config, learning_rate_factor
 from pipelines.training.recipe import StageConfig, TrainConfig
 from sr_platform.config import load_config

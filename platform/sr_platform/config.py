@@ -84,16 +84,45 @@ def load_config(
 
 
 def read_recipe(name: str, *, job: str) -> dict[str, Any]:
-    """The mapping in a YAML recipe. Raises ConfigError when it is missing, not YAML or not a mapping."""
-    path = Path(name)
-    if not path.is_file():
-        path = RECIPES_PATH / name
-    if not path.is_file():
-        shipped = sorted(p.name for p in RECIPES_PATH.glob("*.yaml"))
-        raise ConfigError(
-            f"{job}: recipe {name!r} does not exist; "
-            f"give a path or one of {', '.join(shipped) or '(none)'}{_did_you_mean(name, shipped)}"
-        )
+    """The mapping in a YAML recipe, laid over that of the recipe that its key `extends` names, mapping by mapping.
+
+    `extends` is looked for beside the recipe, then among those that ship with the project; chains are allowed.
+
+    Raises:
+        ConfigError: a recipe is missing, not YAML, not a mapping, or extends itself.
+    """
+    return _read_chain(_find_recipe(name, Path(), job=job), name, (), job=job)
+
+
+def _read_chain(path: Path, name: str, readers: tuple[Path, ...], *, job: str) -> dict[str, Any]:
+    """The recipe at `path`, which is called `name` and was reached through `readers`, over what it extends."""
+    path = path.resolve()
+    if path in readers:
+        chain = " -> ".join(reader.name for reader in (*readers[readers.index(path) :], path))
+        raise ConfigError(f"{job}: recipe {path.name} extends itself: {chain}; take one extends out")
+    values = _read_mapping(path, name, job=job)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{job}: recipe {name}: extends: got {base!r}; give the name of one recipe")
+    base_path = _find_recipe(base, path.parent, job=f"{job}: recipe {name}: extends")
+    return _merged(_read_chain(base_path, base, (*readers, path), job=job), values)
+
+
+def _find_recipe(name: str, folder: Path, *, job: str) -> Path:
+    """The recipe at `name`, seen from `folder`, or the one of that name that ships with the project."""
+    for path in (folder / name, RECIPES_PATH / name):
+        if path.is_file():
+            return path
+    shipped = sorted(path.relative_to(RECIPES_PATH).as_posix() for path in RECIPES_PATH.rglob("*.yaml"))
+    raise ConfigError(
+        f"{job}: recipe {name!r} does not exist; "
+        f"give a path or one of {', '.join(shipped) or '(none)'}{_did_you_mean(name, shipped)}"
+    )
+
+
+def _read_mapping(path: Path, name: str, *, job: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -103,6 +132,15 @@ def read_recipe(name: str, *, job: str) -> dict[str, Any]:
             f"{job}: recipe {name} holds a {type(values).__name__}; it must be a mapping of names to values"
         )
     return values
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`: mappings in both are merged, anything else of `over` replaces that of `base`."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = base.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def check_values(cls: type[StrictConfig], values: dict[str, Any], *, where: str) -> None:

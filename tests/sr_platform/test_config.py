@@ -239,6 +239,63 @@ def test_a_shipped_recipe_is_found_by_its_bare_name(tmp_path, monkeypatch):
     assert read_recipe("small.yaml", job="train") == {"out": "z"}
 
 
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """`folders(shipped={name: text}, own={name: text})` writes recipes; returns the folder of the own ones."""
+
+    def write(shipped=(), own=()):
+        for folder, recipes in (("shipped", shipped), ("own", own)):
+            for name, text in dict(recipes).items():
+                path = tmp_path / folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+        return tmp_path / "own"
+
+    monkeypatch.setattr("sr_platform.config.RECIPES_PATH", tmp_path / "shipped")
+    return write
+
+
+def test_a_recipe_lies_over_the_one_it_extends_mapping_by_mapping(folders):
+    base = "out: a\nsteps: 5\nsources: [x, y]\ncrop: {size_px: 64, kind: random}\nfallback: {learning_rate: 1.0}\n"
+    child = "extends: base.yaml\nsteps: 7\nsources: [z]\ncrop: {size_px: 32}\nfallback: null\n"
+    own = folders(own={"base.yaml": base, "child.yaml": child})
+    cfg = load(str(own / "child.yaml"))
+    assert (cfg.out, cfg.steps, cfg.sources, cfg.fallback) == ("a", 7, ("z",), None)
+    assert (cfg.crop.size_px, cfg.crop.kind) == (32, "random")
+    assert load(str(own / "base.yaml")).steps == 5
+
+
+def test_what_a_recipe_extends_lies_beside_it_or_ships_with_the_project(folders):
+    own = folders(
+        shipped={"base.yaml": "out: shipped\n", "small/part.yaml": "extends: base.yaml\nsteps: 1\n"},
+        own={"base.yaml": "out: own\n", "a.yaml": "extends: base.yaml\n", "b.yaml": "extends: small/part.yaml\n"},
+    )
+    assert read_recipe(str(own / "a.yaml"), job="train") == {"out": "own"}
+    assert read_recipe(str(own / "b.yaml"), job="train") == {"out": "shipped", "steps": 1}
+    assert read_recipe("small/part.yaml", job="train") == {"out": "shipped", "steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("recipes", "said"),
+    [
+        ({"a.yaml": "extends: a.yaml\n"}, "recipe a.yaml extends itself: a.yaml -> a.yaml; take one extends out"),
+        (
+            {"a.yaml": "extends: b.yaml\n", "b.yaml": "extends: c.yaml\n", "c.yaml": "extends: b.yaml\n"},
+            "recipe b.yaml extends itself: b.yaml -> c.yaml -> b.yaml; take one extends out",
+        ),
+        (
+            {"a.yaml": "extends: basse.yaml\n"},
+            "extends: recipe 'basse.yaml' does not exist; give a path or one of base",
+        ),
+        ({"a.yaml": "extends: [b.yaml]\n"}, "extends: got ['b.yaml']; give the name of one recipe"),
+        ({"a.yaml": "extends: b.yaml\n", "b.yaml": "- 1\n"}, "recipe b.yaml holds a list"),
+    ],
+)
+def test_a_chain_of_recipes_that_cannot_be_read_is_explained(folders, recipes, said):
+    own = folders(shipped={"base.yaml": "out: a\n"}, own=recipes)
+    assert said in refusal(str(own / "a.yaml"))
+
+
 def test_an_error_of_configuration_is_a_request_error_and_a_value_error():
     assert issubclass(ConfigError, RequestError)
     assert issubclass(ConfigError, ValueError)

@@ -76,6 +76,28 @@ def write(path: str, data: bytes) -> None:
     _request("put_object", path, Body=data)
 
 
+def begin_upload(path: str) -> str:
+    """The id of an upload in parts, of which nothing shows before `finish_upload`."""
+    return str(_request("create_multipart_upload", path)["UploadId"])
+
+
+def write_part(path: str, upload: str, number: int, data: bytes) -> dict[str, Any]:
+    """Part `number`, from 1, of at least 5 MiB unless it is the last; returns what `finish_upload` wants of it."""
+    answer = _request("upload_part", path, UploadId=upload, PartNumber=number, Body=data)
+    tags = {name: value for name, value in answer.items() if name == "ETag" or name.startswith("Checksum")}
+    return {"PartNumber": number, **tags}
+
+
+def finish_upload(path: str, upload: str, parts: Sequence[dict[str, Any]]) -> None:
+    """The object appears, whole. Raises FileNotFoundError when the upload is unknown, as after it was finished."""
+    _request("complete_multipart_upload", path, UploadId=upload, MultipartUpload={"Parts": list(parts)})
+
+
+def abort_upload(path: str, upload: str) -> None:
+    """Frees the room of an upload that will not be finished."""
+    _request("abort_multipart_upload", path, UploadId=upload)
+
+
 def size(path: str) -> int:
     """Raises FileNotFoundError when there is no such object."""
     return int(_request("head_object", path)["ContentLength"])

@@ -10,14 +10,15 @@ Errors, throttling and cut connections are waited out for about a minute; a read
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from sr_platform import s3
@@ -27,7 +28,10 @@ ATTEMPTS = 10
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 15.0
 CHUNK_BYTES = 32 * 2**20
+PART_BYTES = 32 * 2**20
+"""Of an upload in parts; S3 takes 10,000 of them, of 5 MiB at least."""
 _CHUNKS_AT_ONCE = 2
+_PARTS_AT_ONCE = 8
 _FILES_AT_ONCE = 16
 _UNFINISHED = ".unfinished-"
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -109,7 +113,18 @@ class Storage:
     def write_bytes_atomic(self, name: str, data: bytes) -> None:
         """Publishes a file: it appears under its name whole or not at all, replacing what was there."""
         path = self.path(name)
-        retried(path, lambda: _write_local(Path(path), data) if self.is_local else s3.write(path, data))
+        retried(path, lambda: _write_local(Path(path), [data]) if self.is_local else s3.write(path, data))
+
+    def write_chunks(self, name: str, chunks: Iterable[bytes]) -> None:
+        """`write_bytes_atomic` of a file too large for memory or for one request, in pieces of any size.
+
+        On the way to S3 about 350 MiB of it are held. Raises OSError where a local disk refuses: the pieces pass once.
+        """
+        path = self.path(name)
+        if self.is_local:
+            _write_local(Path(path), chunks)
+        else:
+            _write_parts(path, chunks)
 
     def exists(self, name: str) -> bool:
         with contextlib.suppress(InputDataError):
@@ -262,17 +277,72 @@ def _is_unfinished(name: str) -> bool:
     return name.rpartition("/")[2].startswith(_UNFINISHED)
 
 
-def _write_local(path: Path, data: bytes) -> None:
+def _write_local(path: Path, chunks: Iterable[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}")
     try:
         with unfinished.open("wb") as file:
-            file.write(data)
+            for chunk in chunks:
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _write_parts(path: str, chunks: Iterable[bytes]) -> None:
+    """One PUT where a part is all there is, else several parts at once, each of them retried."""
+    parts = _in_parts(chunks)
+    first, second = next(parts, b""), next(parts, None)
+    if second is None:
+        retried(path, lambda: s3.write(path, first))
+        return
+    upload = retried(path, lambda: s3.begin_upload(path))
+    try:
+        sent = _send_parts(path, upload, itertools.chain((first, second), parts))
+        _finish_parts(path, upload, [part for part, _ in sent], sum(size_bytes for _, size_bytes in sent))
+    except BaseException:
+        with contextlib.suppress(StorageError, RequestError):  # what went wrong before says more
+            retried(path, lambda: s3.abort_upload(path, upload))
+        raise
+
+
+def _in_parts(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces of PART_BYTES, the last of them shorter."""
+    pending = bytearray()
+    for chunk in chunks:
+        for start in range(0, len(chunk), PART_BYTES):
+            pending += memoryview(chunk)[start : start + PART_BYTES]
+            if len(pending) >= PART_BYTES:
+                yield bytes(memoryview(pending)[:PART_BYTES])
+                pending = pending[PART_BYTES:]
+    if pending:
+        yield bytes(pending)
+
+
+def _send_parts(path: str, upload: str, parts: Iterable[bytes]) -> list[tuple[dict[str, Any], int]]:
+    """What the server calls each part, and its bytes."""
+
+    def send(number: int, data: bytes) -> tuple[dict[str, Any], int]:
+        return retried(path, lambda: s3.write_part(path, upload, number, data)), len(data)
+
+    sending: list[Future[tuple[dict[str, Any], int]]] = []
+    with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
+        for number, data in enumerate(parts, start=1):
+            if number > _PARTS_AT_ONCE:
+                sending[-_PARTS_AT_ONCE].result()
+            sending.append(pool.submit(send, number, data))
+    return [future.result() for future in sending]
+
+
+def _finish_parts(path: str, upload: str, parts: Sequence[dict[str, Any]], size_bytes: int) -> None:
+    try:
+        retried(path, lambda: s3.finish_upload(path, upload, parts))
+    except InputDataError:
+        # Finished by an attempt whose answer was lost: S3 has forgotten the upload, and the object is there.
+        if retried(path, lambda: s3.size(path)) != size_bytes:
+            raise
 
 
 def _one_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import boto3
 import numpy as np
 import pytest
 
@@ -84,6 +85,58 @@ def test_everything_works_on_a_server_that_spoils_every_third_request(
     assert {fault for _, fault in server.injected} == set(server.FAULTS)
     assert {method for method, _ in server.injected} == {"GET", "PUT", "HEAD", "DELETE"}
     assert sum(server.injected.values()) > 0.25 * server.num_requests
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_large_file_arrives_in_parts_on_a_server_that_spoils_every_third_request(
+    faulty_s3: Callable[..., Any], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "PART_BYTES", 5 * 2**20)
+    server = faulty_s3(seed=seed, rate=0.33)
+    storage, data = open_storage(server.uri), np.random.default_rng(seed).bytes(17 * 2**20)
+    storage.write_chunks("x", (data[i : i + 2**20] for i in range(0, len(data), 2**20)))
+    server.rate = 0.0
+    assert storage.read_bytes("x") == data
+    assert s3.filesystem(os.getpid()).info(f"{server.uri}/x")["ETag"].endswith('-4"')
+    assert server.injected.keys() & {("POST", "lost"), ("POST", "reset"), ("POST", "503"), ("POST", "500")}
+
+
+@pytest.mark.parametrize("fault", ["lost", "cut"])
+def test_an_upload_counts_though_the_answer_that_says_so_is_lost(
+    faulty_s3: Callable[..., Any], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "PART_BYTES", 5 * 2**20)
+    server = faulty_s3(rate=0.0, faults=(fault,))
+    storage, finish = open_storage(server.uri), s3.finish_upload
+
+    def lose_the_first_answer(*args: Any) -> None:
+        server.rate = 0.0 if server.injected else 1.0
+        finish(*args)
+
+    monkeypatch.setattr(s3, "finish_upload", lose_the_first_answer)
+    storage.write_chunks("x", [bytes(12 * 2**20)])
+    assert server.injected == {("POST", fault): 1}
+    assert storage.sizes() == {"x": 12 * 2**20}
+
+
+def test_an_upload_that_fails_for_good_is_given_up(
+    faulty_s3: Callable[..., Any], s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "PART_BYTES", 5 * 2**20)
+    server = faulty_s3(rate=0.0)
+    part = s3.write_part
+
+    def refuse_the_second(path: str, upload: str, number: int, data: bytes) -> dict[str, Any]:
+        if number == 2:
+            raise ConnectionResetError("cut")
+        return part(path, upload, number, data)
+
+    monkeypatch.setattr(s3, "write_part", refuse_the_second)
+    with pytest.raises(StorageError, match="x still failed after 10 attempts: cut"):
+        open_storage(server.uri).write_chunks("x", [bytes(12 * 2**20)])
+    assert open_storage(server.uri).list() == []
+    client = boto3.client("s3", endpoint_url=s3_endpoint)
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=server.uri.removeprefix("s3://"))
 
 
 def test_many_threads_get_through_a_server_that_throttles(faulty_s3: Callable[..., Any]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import random
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import aiohttp
@@ -15,6 +18,9 @@ from sr_platform import s3
 from sr_platform import storage as storage_module
 from sr_platform.errors import InputDataError, RequestError, StorageError
 from sr_platform.storage import Storage, open_storage
+
+PART = 5 * 2**20
+"""The smallest that S3 takes."""
 
 
 @pytest.fixture(params=["path", "file", "s3"])
@@ -193,6 +199,33 @@ def test_a_large_file_is_read_in_pieces(storage: Storage, monkeypatch: pytest.Mo
         data[:3],
         data[10200:],
     ]
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, PART, PART + 1, 2 * PART + 7])
+def test_a_large_file_is_published_from_pieces_of_any_size(
+    storage: Storage, size_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "PART_BYTES", PART)
+    data = random.Random(0).randbytes(size_bytes)  # noqa: S311
+    storage.write_bytes_atomic("x", b"old")
+    cuts = [0, *sorted(random.Random(1).sample(range(size_bytes + 1), min(5, size_bytes + 1))), size_bytes]  # noqa: S311
+    storage.write_chunks("x", (data[start:end] for start, end in pairwise(cuts)))
+    assert storage.read_bytes("x") == data
+    assert storage.list() == ["x"]
+
+
+def test_a_large_file_that_breaks_off_leaves_the_old_one(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "PART_BYTES", PART)
+    storage.write_bytes_atomic("x", b"old")
+
+    def broken() -> Iterator[bytes]:
+        yield bytes(2 * PART)
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        storage.write_chunks("x", broken())
+    assert storage.read_bytes("x") == b"old"
+    assert storage.list() == ["x"]
 
 
 def test_threads_may_share_a_storage(storage: Storage) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from faithdiff.bundle import list_presets
+from faithdiff.bundle import PRESETS_PATH, list_presets
+from faithdiff.loss import NoiseDraws, noise_for
 from pipelines.training.batch_split import BatchSplit
 from pipelines.training.recipe import TrainConfig
+from pipelines.training.start_model import load_model, trainable_module
 from sr_platform.config import RECIPES_PATH, load_config
 from sr_platform.tracking import flatten
 
@@ -190,6 +194,53 @@ def test_separately_tuned_parts_get_the_updates_that_they_get_together(size: str
     assert cfg.encoder.model_dump(exclude={"trains"}) == cfg.unified.model_dump(exclude={"trains"})
     assert cfg.trained_parts("encoder") == ("alignment", "lq_encoder")
     assert cfg.trained_parts("unified") == ("alignment", "unet")
+
+
+@pytest.mark.parametrize("row", ["full", *ROWS])
+def test_every_tensor_that_a_stage_of_a_row_trains_gets_a_gradient_and_no_other_does(row: str) -> None:
+    cfg = recipe(f"ablations/{row}_nano.yaml")
+    for stage in cfg.stages:
+        module = trainable_module(load_model("nano", cfg.architecture), cfg, stage)
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        optimizer = torch.optim.SGD(trained.values(), lr=1e-2)
+        for _ in range(4):  # What starts at zero, three layers in a row here, passes no gradient on before it moves.
+            optimizer.zero_grad()
+            module(*tiny_batch()).mean().backward()
+            optimizer.step()
+        still = [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()]
+        assert still == [], f"{stage} trains nothing of these"
+        assert {part_of(name) for name in trained} == set(cfg.trained_parts(stage))
+        assert all(parameter.grad is None for name, parameter in module.named_parameters() if name not in trained)
+
+
+def part_of(parameter: str) -> str:
+    """alignment, control, lq_encoder or unet."""
+    room, part, *_ = parameter.split(".")
+    return part if room == "unet" and part in ("alignment", "control") else room
+
+
+def tiny_batch() -> tuple[torch.Tensor, NoiseDraws, dict[str, torch.Tensor]]:
+    """The arguments of the trained module for one picture of 64 x 64 px, for the nano preset."""
+    generator = torch.Generator().manual_seed(0)
+    unet = read_unet_config()
+    conditions = {
+        "lq": torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1,
+        "prompt_embeds": torch.randn(1, 77, unet["cross_attention_dim"], generator=generator),
+        "pooled_prompt_embeds": torch.randn(1, read_text_width(unet), generator=generator),
+        "time_ids": torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]),
+    }
+    draws = noise_for(0, [0], (4, 8, 8), noise_offset=0.02, num_train_timesteps=1000)
+    return torch.randn(1, 4, 8, 8, generator=generator), draws, conditions
+
+
+def read_unet_config() -> dict[str, Any]:
+    return dict(json.loads((PRESETS_PATH / "nano" / "unet" / "config.json").read_text()))
+
+
+def read_text_width(unet: dict[str, Any]) -> int:
+    """Width of the pooled text embedding: what six embedded sizes leave of the UNet's projection."""
+    width: int = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    return width
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -53,6 +53,10 @@ class Listing:
     def size_bytes(self) -> int:
         return sum(file.size_bytes for file in self.files.values())
 
+    def only(self, suffixes: tuple[str, ...]) -> Listing:
+        """The files whose names end so."""
+        return Listing({name: file for name, file in self.files.items() if name.endswith(suffixes)})
+
     def to_bytes(self) -> bytes:
         files = {name: dataclasses.asdict(self.files[name]) for name in sorted(self.files)}
         return (json.dumps({"digest": self.digest, "files": files}, indent=2) + "\n").encode()

@@ -67,7 +67,7 @@ class Training:
         pipe, cpu = FaithDiffPipeline.from_pretrained("nano"), torch.device("cpu")
         self.frozen = FrozenModels(pipe, device=cpu, dtype=torch.float32, seed=0, noise_offset=0.02, stored=self.stored)
         self.model = FaithDiffForTraining(pipe.unet, pipe.lq_encoder, alphas_cumprod(pipe.scheduler.config)).train()
-        trained_parameters(self.model, "align")
+        trained_parameters(self.model, ("alignment",))
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 
     def update(self, number: int) -> tuple[float, float, float]:
@@ -75,7 +75,7 @@ class Training:
         start = time.perf_counter()
         inputs = self.frozen.encode(self.batches[number])
         ready = time.perf_counter()
-        loss = self.model(inputs.latents, inputs.draws, inputs.conditions)
+        loss = self.model(inputs.latents, inputs.draws, inputs.conditions).mean()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """The objective of equation 3: mean |noise - noise_pred|, the noise including a small offset per channel.
 
 In : `latents` [B, C, h, w] (VAE posterior sample x scaling factor), `lq` [B, 3, 8h, 8w] in [-1, 1], embeddings.
-Out: a scalar loss in fp32.
+Out: a loss per sample [B] in fp32.
 
 Everything drawn for a sample comes from (seed, update, sample): the caller numbers the samples of the whole run, so
 that one number stands for both (pipelines/training/batches.py), and the draws know nothing of ranks or batches.
@@ -13,14 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from faithdiff.encoder import LQEncoder
+from faithdiff.errors import InputError
 from faithdiff.schedule import add_noise
 from faithdiff.unet import FaithDiffUNet
+
+Part = Literal["alignment", "lq_encoder", "unet", "control"]
+"""What can be trained: the alignment module, the LQ encoder, SDXL's UNet, the control branch."""
+PARTS: tuple[Part, ...] = get_args(Part)
 
 _NOISE_STREAM = 1
 
@@ -71,18 +77,18 @@ def noise_for(
     )
 
 
-def denoising_loss(noise_pred: Tensor, noise: Tensor) -> Tensor:
-    """Mean absolute error over all elements, in fp32 whatever the inputs' precision.
+def denoising_losses(noise_pred: Tensor, noise: Tensor) -> Tensor:
+    """Mean absolute error of each sample [B], in fp32 whatever the inputs' precision.
 
-    Source: equation 3 of the paper; train_SDXL_stage_2.py:935 @ f11af6c.
+    Source: equation 3 of the paper; train_SDXL_stage_2.py:935 @ f11af6c, which takes the mean of the batch as well.
     """
-    return (noise_pred.float() - noise.float()).abs().mean()
+    return (noise_pred.float() - noise.float()).abs().flatten(1).mean(1)
 
 
 class FaithDiffForTraining(nn.Module):
-    """UNet and LQ encoder as the one module that is trained; `forward` gives the loss.
+    """UNet and LQ encoder as the one module that is trained, in train mode; `forward` gives the losses.
 
-    Inputs are cast to the weights' precision here, the noise schedule and the loss stay in fp32.
+    Inputs are cast to the weights' precision here, the noise schedule and the losses stay in fp32.
     """
 
     def __init__(self, unet: FaithDiffUNet, lq_encoder: LQEncoder, alphas_cumprod: Tensor) -> None:
@@ -91,6 +97,8 @@ class FaithDiffForTraining(nn.Module):
         self.lq_encoder = lq_encoder
         # Kept out of the state dict, and out of reach of `.to(bf16)`: 1 - alphas_cumprod needs fp32.
         self._alphas_cumprod = alphas_cumprod.float()
+        # Loaded models are in eval mode, in which neither gradient checkpointing nor batch attention happens.
+        self.train()
 
     def predict_noise(
         self,
@@ -110,25 +118,45 @@ class FaithDiffForTraining(nn.Module):
             encoder_hidden_states=prompt_embeds.to(dtype),
             # time_ids stay fp32: half precision rounds sizes above 2048 px.
             added_cond_kwargs={"text_embeds": pooled_prompt_embeds.to(dtype), "time_ids": time_ids.float()},
-            lq_features=self.lq_encoder(lq.to(dtype)),
+            lq_features=self._encode_lq(lq.to(dtype)),
         ).sample
 
     def forward(self, latents: Tensor, draws: NoiseDraws, conditions: dict[str, Tensor]) -> Tensor:
-        """The scalar loss of one micro-batch; `conditions` are the keyword arguments of `predict_noise`."""
+        """The losses [B] of one micro-batch; `conditions` are the keyword arguments of `predict_noise`."""
         alphas_cumprod = self._alphas_cumprod.to(latents.device, non_blocking=True)
         noisy_latents = add_noise(latents.float(), draws.noise, draws.timesteps, alphas_cumprod)
-        return denoising_loss(self.predict_noise(noisy_latents, draws.timesteps, **conditions), draws.noise)
+        return denoising_losses(self.predict_noise(noisy_latents, draws.timesteps, **conditions), draws.noise)
+
+    def _encode_lq(self, lq: Tensor) -> Tensor:
+        """LQ features; a frozen encoder runs as it does at inference, without a graph or checkpoints."""
+        is_trained = any(parameter.requires_grad for parameter in self.lq_encoder.parameters())
+        with torch.set_grad_enabled(is_trained and torch.is_grad_enabled()):
+            features: Tensor = self.lq_encoder(lq)
+            return features
 
 
-def trained_parameters(model: FaithDiffForTraining, stage: str) -> list[str]:
-    """Names of the parameters that `stage` trains; every other parameter is frozen, this one unfrozen.
+def trained_parameters(model: FaithDiffForTraining, parts: Sequence[Part]) -> list[str]:
+    """Names of the parameters in `parts`, which are unfrozen; every other parameter is frozen.
 
-    "align": the alignment module only. "unified": LQ encoder, alignment module and UNet.
+    Raises:
+        InputError: a part is unknown, or the model has no such part.
     """
-    assert stage in ("align", "unified"), stage
-    names = []
+    of_part: dict[str, list[str]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(stage == "unified" or name.startswith("unet.alignment."))
-        if parameter.requires_grad:
-            names.append(name)
-    return names
+        part = _part_of(name)
+        parameter.requires_grad_(part in parts)
+        of_part[part].append(name)
+    absent = [part for part in parts if not of_part.get(part)]
+    if absent:
+        allowed = ", ".join(part for part in PARTS if of_part[part])
+        raise InputError(f"training: this model has no {', '.join(absent)}; its parts are {allowed}")
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _part_of(name: str) -> Part:
+    owner, child = name.split(".")[:2]
+    if owner == "lq_encoder":
+        return "lq_encoder"
+    if child == "alignment":
+        return "alignment"
+    return "control" if child == "control" else "unet"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from faithdiff.checkpoint import load_released, save_released
 from faithdiff.encoder import LQEncoder
-from faithdiff.loss import FaithDiffForTraining, NoiseDraws, denoising_loss, noise_for, trained_parameters
+from faithdiff.errors import InputError
+from faithdiff.loss import FaithDiffForTraining, NoiseDraws, denoising_losses, noise_for, trained_parameters
+from faithdiff.pipeline import FaithDiffPipeline
 from faithdiff.schedule import add_noise, alphas_cumprod
 from faithdiff.unet import FaithDiffUNet
 
@@ -29,8 +32,8 @@ def step(golden, golden_weight):
     lq_encoder = LQEncoder()
     shapes = {name: tuple(tensor.shape) for name, tensor in save_released(unet, lq_encoder).items()}
     load_released(unet, lq_encoder, {name: golden_weight(name, shape) for name, shape in shapes.items()})
-    model = FaithDiffForTraining(unet, lq_encoder, alphas_cumprod(SDXL_SCHEDULE)).train()
-    trained_parameters(model, "unified")
+    model = FaithDiffForTraining(unet, lq_encoder, alphas_cumprod(SDXL_SCHEDULE))
+    trained_parameters(model, ("alignment", "lq_encoder", "unet"))
     draws = NoiseDraws(case["s0_timesteps"], case["s0_noise"], torch.zeros_like(case["s0_noise"]))
     conditions = {
         "lq": case["batch_lq_images"][:1],
@@ -41,7 +44,7 @@ def step(golden, golden_weight):
     noisy_latents = add_noise(case["s0_latents"], draws.noise, draws.timesteps, alphas_cumprod(SDXL_SCHEDULE))
     with torch.no_grad():
         noise_pred = model.predict_noise(noisy_latents, draws.timesteps, **conditions)
-    loss = model(case["s0_latents"], draws, conditions)
+    loss = model(case["s0_latents"], draws, conditions).mean()
     loss.backward()
     return case, model, noisy_latents, noise_pred, loss
 
@@ -82,12 +85,80 @@ def test_gradient_norms_of_every_part_equal_the_released_ones(step) -> None:
 
 def test_stage_one_trains_the_alignment_module_alone(step) -> None:
     _, model, *_ = step
-    names = trained_parameters(model, "align")
+    names = trained_parameters(model, ("alignment",))
     assert names
     assert all(name.startswith("unet.alignment.") for name in names)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 10_608_512
-    unified = trained_parameters(model, "unified")
+    unified = trained_parameters(model, ("alignment", "lq_encoder", "unet"))
     assert unified == [name for name, _ in model.named_parameters()]
+
+
+@pytest.fixture
+def tiny() -> FaithDiffForTraining:
+    pipe = FaithDiffPipeline.from_pretrained("nano")
+    return FaithDiffForTraining(pipe.unet, pipe.lq_encoder, alphas_cumprod(pipe.scheduler.config))
+
+
+def losses_of(model: FaithDiffForTraining, samples: list[int]) -> torch.Tensor:
+    """Losses of samples whose latents, pictures and text all follow from their numbers."""
+    seeded = [torch.Generator().manual_seed(sample) for sample in samples]
+    draw = lambda *shape: torch.stack([torch.randn(shape, generator=g) for g in seeded])  # noqa: E731
+    latents = draw(4, 8, 8)
+    conditions = {"lq": draw(3, 64, 64).clamp(-1, 1), "prompt_embeds": draw(77, 96), "pooled_prompt_embeds": draw(64)}
+    conditions["time_ids"] = torch.full((len(samples), 6), 512.0)
+    return model(latents, noise_for(0, samples, (4, 8, 8)), conditions)
+
+
+@torch.no_grad()
+def test_the_loss_of_a_sample_does_not_depend_on_its_batch(tiny) -> None:
+    together, alone = losses_of(tiny, [3, 4, 5]), [losses_of(tiny, [sample]).item() for sample in (3, 4, 5)]
+    assert together.shape == (3,)
+    assert together.tolist() == pytest.approx(alone, rel=1e-6)
+
+
+def test_frozen_parts_get_no_gradients_and_cost_no_weight_gradients(tiny) -> None:
+    """Gradients reach the alignment module through the UNet at the price of a forward pass, weights would double it."""
+
+    def flops(*parts: str) -> tuple[int, int, set[str]]:
+        names = trained_parameters(tiny, parts)
+        tiny.zero_grad()
+        with FlopCounterMode(display=False) as forward:
+            loss = losses_of(tiny, [0, 1]).mean()
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        assert {name for name, p in tiny.named_parameters() if p.grad is not None} == set(names)
+        return forward.get_total_flops(), backward.get_total_flops(), set(names)
+
+    with FlopCounterMode(display=False) as of_encoder:
+        tiny.lq_encoder(torch.zeros(2, 3, 64, 64))
+    forward, backward, names = flops("alignment")
+    forward_unet = forward - of_encoder.get_total_flops()
+    assert all(name.startswith("unet.alignment.") for name in names)
+    assert backward < forward_unet
+    assert flops("alignment", "unet")[1] > 1.5 * forward_unet
+
+
+def test_a_frozen_lq_encoder_builds_no_graph_and_a_trained_one_does(tiny) -> None:
+    seen = []
+    tiny.lq_encoder.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    tiny.lq_encoder.enable_gradient_checkpointing()
+    for parts in (("alignment", "unet"), ("lq_encoder",)):
+        trained_parameters(tiny, parts)
+        losses_of(tiny, [0]).mean().backward()
+    assert seen == [False, True]
+
+
+def test_parts_are_split_by_owner_and_absent_ones_are_refused(tiny) -> None:
+    names = {part: set(trained_parameters(tiny, (part,))) for part in ("alignment", "lq_encoder", "unet")}
+    assert sum(len(part) for part in names.values()) == len(set().union(*names.values()))
+    assert set().union(*names.values()) == {name for name, _ in tiny.named_parameters()}
+    for part in ("control", "vae"):
+        with pytest.raises(InputError, match=f"no {part}; its parts are alignment, lq_encoder, unet"):
+            trained_parameters(tiny, (part,))
+
+
+def test_a_module_for_training_is_in_train_mode(tiny) -> None:
+    assert all(module.training for module in tiny.modules())
 
 
 def test_draws_of_a_sample_do_not_depend_on_its_batch() -> None:
@@ -118,8 +189,9 @@ def test_timesteps_are_uniform_over_the_whole_schedule() -> None:
     assert counts.max() < 2200
 
 
-def test_the_loss_is_computed_in_fp32_for_half_precision_predictions() -> None:
-    noise = torch.linspace(-3, 3, 4096)
-    loss = denoising_loss(noise.bfloat16(), noise)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx((noise.bfloat16().float() - noise).abs().mean().item(), rel=1e-6)
+def test_losses_are_the_mean_of_each_sample_in_fp32_for_half_precision_predictions() -> None:
+    noise = torch.linspace(-3, 3, 4096).reshape(2, 4, 32, 16)
+    losses = denoising_losses(noise.bfloat16(), noise)
+    assert (losses.dtype, losses.shape) == (torch.float32, (2,))
+    expected = [(one.bfloat16().float() - one).abs().mean().item() for one in noise]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-6)

@@ -6,6 +6,7 @@ Shapes: B pictures, C latent channels of the UNet's first convolution (320 in SD
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -16,6 +17,9 @@ from faithdiff.errors import InputError
 
 AlignmentAttention = Literal["value", "tokens"]
 ATTENTION_MODES: tuple[AlignmentAttention, ...] = ("value", "tokens")
+AlignmentKind = Literal["transformer", "sum"]
+ALIGNMENT_KINDS: tuple[AlignmentKind, ...] = ("transformer", "sum")
+RELEASED_BATCH_GROUP = 16
 
 NUM_BLOCKS = 2
 NUM_HEADS = 8
@@ -34,34 +38,64 @@ class AlignmentModule(nn.Module):
       equal rows and the result is exactly the value path of each pixel. What the released weights need.
     - "tokens": all tokens of one picture attend to each other, the paper's reading. Needs weights trained so.
 
-    Either way a picture's result never depends on the other pictures in its batch.
+    Either way a picture's result never depends on the other pictures in its batch. `set_batch_attention` adds a third
+    mode, for training alone. With `kind="sum"` there is no transformer at all, f_a = f_x + f_m (an ablation), and
+    `attention` means nothing.
     """
 
     def __init__(
-        self, latent_channels: int = 320, lq_channels: int = 512, attention: AlignmentAttention = "value"
+        self,
+        latent_channels: int = 320,
+        lq_channels: int = 512,
+        attention: AlignmentAttention = "value",
+        kind: AlignmentKind = "transformer",
     ) -> None:
         super().__init__()
-        if attention not in ATTENTION_MODES:
-            raise InputError(f"alignment: attention is {attention!r}; it must be one of {', '.join(ATTENTION_MODES)}")
+        _check_attention(attention)
+        if kind not in ALIGNMENT_KINDS:
+            raise InputError(f"alignment: kind is {kind!r}; it must be one of {', '.join(ALIGNMENT_KINDS)}")
         self.condition = LQConditionEmbedding(lq_channels, latent_channels)
         width = 2 * latent_channels
-        self.blocks = nn.ModuleList(AlignmentBlock(width, attention) for _ in range(NUM_BLOCKS))
-        self.proj = nn.Linear(width, latent_channels)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        num_blocks = NUM_BLOCKS if kind == "transformer" else 0
+        self.blocks = nn.ModuleList(AlignmentBlock(width, attention) for _ in range(num_blocks))
+        self.proj = nn.Linear(width, latent_channels) if kind == "transformer" else None
+        if self.proj is not None:
+            nn.init.zeros_(self.proj.weight)
+            nn.init.zeros_(self.proj.bias)
 
     @property
     def attention(self) -> AlignmentAttention:
-        """The mode that all blocks run in."""
-        block = self.blocks[0]
-        assert isinstance(block, AlignmentBlock)
-        return block.attn.mode
+        """The mode in which the module restores."""
+        attentions = self._attentions()
+        mode = attentions[0].mode if attentions else "value"
+        return "value" if mode == "batch" else mode
 
     @attention.setter
     def attention(self, mode: AlignmentAttention) -> None:
-        for block in self.blocks:
-            assert isinstance(block, AlignmentBlock)
-            block.attn.mode = mode
+        _check_attention(mode)
+        for attn in self._attentions():
+            attn.mode = mode
+
+    def set_batch_attention(self, group: int = RELEASED_BATCH_GROUP) -> None:
+        """At every pixel, `group` consecutive rows of a training batch attend to each other, as in released training.
+
+        The released blocks mix the batch of one GPU (16 pictures). Groups of a fixed size make the result independent
+        of the number of workers and of how many groups a micro-batch holds. In eval mode it is "value", to which the
+        released network comes down at inference: its batch is then one row, twice. Weights trained so restore with
+        "value", the only mode of the two that a config can name.
+
+        Raises:
+            InputError: the group is not positive, or this module has no transformer.
+        """
+        if group < 1:
+            raise InputError(f"alignment: a group of {group} rows cannot attend to each other; give 1 or more")
+        if not self.blocks:
+            raise InputError("alignment: kind 'sum' has no attention to set; use kind 'transformer'")
+        for attn in self._attentions():
+            attn.mode, attn.batch_group = "batch", group
+
+    def _attentions(self) -> list[AlignmentSelfAttention]:
+        return [module for module in self.modules() if isinstance(module, AlignmentSelfAttention)]
 
     def forward(self, latent_features: Tensor, lq_features: Tensor) -> Tensor:
         """Aligned features f_a [B, C, H, W] of latent features f_x [B, C, H, W] and LQ features [B, L, H, W]."""
@@ -74,20 +108,25 @@ class AlignmentModule(nn.Module):
 
     def align(self, latent_features: Tensor, lq_embedding: Tensor) -> Tensor:
         """f_a [B, C, H, W] of f_x and f_m, both [B, C, H, W]."""
+        if self.proj is None:
+            return latent_features + lq_embedding
         height, width = latent_features.shape[-2:]
         tokens_BNC = torch.cat([latent_features, lq_embedding], dim=1).flatten(2).transpose(1, 2)
         for block in self.blocks:
             tokens_BNC = block(tokens_BNC)
-        residual = self.proj(tokens_BNC).transpose(1, 2).unflatten(2, (height, width))
+        residual: Tensor = self.proj(tokens_BNC).transpose(1, 2).unflatten(2, (height, width))
         return latent_features + residual
 
 
 class LQConditionEmbedding(nn.Module):
-    """f_m: GroupNorm -> 3x3 convolution -> SiLU -> 3x3 convolution that starts at zero (the paper draws one conv)."""
+    """f_m: GroupNorm -> 3x3 convolution -> SiLU -> 3x3 convolution that starts at zero (the paper draws one conv).
+
+    32 groups, as released; where the LQ features have fewer channels, the most of 32 that divide them.
+    """
 
     def __init__(self, lq_channels: int, latent_channels: int) -> None:
         super().__init__()
-        self.norm_in = nn.GroupNorm(32, lq_channels, eps=1e-6)
+        self.norm_in = nn.GroupNorm(math.gcd(32, lq_channels), lq_channels, eps=1e-6)
         self.conv_in = nn.Conv2d(lq_channels, lq_channels, 3, padding=1)
         self.conv_out = nn.Conv2d(lq_channels, latent_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -117,11 +156,12 @@ class AlignmentBlock(nn.Module):
 
 
 class AlignmentSelfAttention(nn.Module):
-    """Eight-head attention over the tokens of one picture, or its value path alone; parameters are the same."""
+    """Eight-head attention in one of the modes of `AlignmentModule`; parameters are the same."""
 
     def __init__(self, width: int, mode: AlignmentAttention) -> None:
         super().__init__()
-        self.mode = mode
+        self.mode: Literal["value", "tokens", "batch"] = mode
+        self.batch_group = RELEASED_BATCH_GROUP
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -129,7 +169,12 @@ class AlignmentSelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, tokens_BNC: Tensor) -> Tensor:
-        mixed = self._value_path(tokens_BNC) if self.mode == "value" else self._attend(tokens_BNC)
+        if self.mode == "tokens":
+            mixed = self._attend(tokens_BNC)
+        elif self.mode == "batch" and self.training:
+            mixed = self._attend_across_rows(tokens_BNC)
+        else:
+            mixed = self._value_path(tokens_BNC)
         result: Tensor = self.out_proj(mixed)
         return result
 
@@ -144,6 +189,18 @@ class AlignmentSelfAttention(nn.Module):
         )  # each [B, heads, N, C / heads]
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
+    def _attend_across_rows(self, tokens_BNC: Tensor) -> Tensor:
+        """Pixels take the place of the batch, rows that of tokens: [groups * N, group, C] goes through `_attend`."""
+        rows, num_tokens, _ = tokens_BNC.shape
+        if rows % self.batch_group:
+            raise InputError(
+                f"alignment: {rows} rows are no whole number of groups of {self.batch_group} that see each other; "
+                f"give a multiple of {self.batch_group} rows or set another group"
+            )
+        by_pixel = tokens_BNC.unflatten(0, (-1, self.batch_group)).transpose(1, 2)
+        mixed = self._attend(by_pixel.flatten(0, 1))
+        return mixed.unflatten(0, (-1, num_tokens)).transpose(1, 2).flatten(0, 1)
+
 
 class QuickGELUMLP(nn.Module):
     """Linear -> x * sigmoid(1.702 x) -> Linear."""
@@ -157,3 +214,8 @@ class QuickGELUMLP(nn.Module):
         hidden = self.c_fc(tokens_BNC)
         result: Tensor = self.c_proj(hidden * torch.sigmoid(1.702 * hidden))
         return result
+
+
+def _check_attention(mode: str) -> None:
+    if mode not in ATTENTION_MODES:
+        raise InputError(f"alignment: attention is {mode!r}; it must be one of {', '.join(ATTENTION_MODES)}")

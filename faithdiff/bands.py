@@ -24,15 +24,24 @@ Rows = Callable[[int, int], Tensor]
 
 @torch.no_grad()
 def encode_banded(
-    encoder: nn.Module, picture: Tensor, *, band_px: int = 256, store_device: torch.device | str | None = None
+    encoder: nn.Module,
+    picture: Tensor,
+    *,
+    band_px: int = 256,
+    store_device: torch.device | str | None = None,
+    quant_conv: nn.Conv2d | None = None,
 ) -> Tensor:
     """The features after the middle block of `encoder` (an `LQEncoder`, or a VAE's `.encoder`).
+
+    With `quant_conv`, instead its output for those of the encoder's final norm, activation and convolution.
 
     picture [B, 3, H, W] in [-1, 1], H and W multiples of the downscale -> [B, C, H / 8, W / 8] on `store_device`.
     `band_px` is the height of a band, in rows of the map that is being walked: at every level a row is half as wide
     and at most twice as deep, so a band costs no more there. Full maps: two of [B, 128, H, W] at SDXL's size.
     """
-    return _walk_for(encoder, picture, band_px, store_device).encode(encoder, picture)
+    walk = _walk_for(encoder, picture, band_px, store_device)
+    features = walk.encode(encoder, picture)
+    return features if quant_conv is None else walk.pointwise(quant_conv, walk.head(encoder, features))
 
 
 @torch.no_grad()

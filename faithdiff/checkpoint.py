@@ -39,8 +39,10 @@ def load_released(
     which is what released weights were trained to need. Models on the meta device take the tensors as they are.
 
     Raises:
-        InputError: missing, unexpected and misshapen tensors, all named at once. Nothing has been loaded then.
+        InputError: missing, unexpected and misshapen tensors, all named at once; or models of another architecture than
+            the released one. Nothing has been loaded then.
     """
+    _check_architecture(unet, lq_encoder)
     where = "mapping" if isinstance(source, Mapping) else str(source)
     tensors = dict(source) if isinstance(source, Mapping) else _read(Path(source))
     parts = _released_parameters(unet, lq_encoder)
@@ -62,13 +64,31 @@ def save_released(
 
     `.safetensors` writes safetensors; any other name writes the torch pickle of the released file. The file appears
     under its name only when complete.
+
+    Raises:
+        InputError: the models have another architecture than the released one.
     """
+    _check_architecture(unet, lq_encoder)
     unet_state, encoder_state = unet.state_dict(), lq_encoder.state_dict()
     tensors = {released: unet_state[own] for own, released in _unet_names(unet).items()}
     tensors |= {released: encoder_state[own] for own, released in _encoder_names(lq_encoder).items()}
     if path is not None:
         _write(tensors, Path(path))
     return tensors
+
+
+def _check_architecture(unet: FaithDiffUNet, lq_encoder: LQEncoder) -> None:
+    settings = {
+        "alignment_kind": (unet.config.alignment_kind, "transformer"),
+        "has_control": (unet.config.has_control, False),
+        "features": (lq_encoder.config.features, "penultimate"),
+    }
+    wrong = [f"{name}={ours!r} instead of {theirs!r}" for name, (ours, theirs) in settings.items() if ours != theirs]
+    if wrong:
+        raise InputError(
+            f"checkpoint: the released layout cannot hold this model, it has {', '.join(wrong)}; "
+            f"keep it as a folder with save_pretrained"
+        )
 
 
 def _unet_names(unet: FaithDiffUNet) -> dict[str, str]:

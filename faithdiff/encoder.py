@@ -2,12 +2,15 @@
 
 It is the encoder of SDXL's `AutoencoderKL` cut after its middle block: no final norm, no moments, no sampling, no
 scaling. Parameters keep the names they have inside the VAE's encoder, so a checkpoint needs only a prefix.
+
+`features="last"` is an ablation of the paper: the encoder goes on to its last layer and gives what the diffusion model
+itself is trained on, latents: the mean of the VAE's posterior times its scaling factor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL
@@ -20,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from faithdiff.bands import encode_banded
 from faithdiff.errors import InputError
 
+Features = Literal["penultimate", "last"]
+
 _EPS = 1e-6
 _SHARED_CONFIG = (
     "in_channels",
@@ -28,13 +33,16 @@ _SHARED_CONFIG = (
     "norm_num_groups",
     "act_fn",
     "mid_block_add_attention",
+    "latent_channels",
+    "scaling_factor",
 )
 
 
 class LQEncoder(ModelMixin, ConfigMixin):
     """Deterministic features of a picture at 1/8 of its size (at 2 ** (blocks - 1) in general).
 
-    34,125,696 parameters in 102 tensors at SDXL's size. `from_vae` starts it from a VAE's weights.
+    34,125,696 parameters in 102 tensors at SDXL's size. `from_vae` starts it from a VAE's weights. `latent_channels`
+    and `scaling_factor` are those of the VAE, and matter with `features="last"` alone.
     """
 
     _supports_gradient_checkpointing = True
@@ -48,6 +56,9 @@ class LQEncoder(ModelMixin, ConfigMixin):
         norm_num_groups: int = 32,
         act_fn: str = "silu",
         mid_block_add_attention: bool = True,
+        features: Features = "penultimate",
+        latent_channels: int = 4,
+        scaling_factor: float = 0.13025,
     ) -> None:
         super().__init__()
         widths = list(block_out_channels)
@@ -56,6 +67,8 @@ class LQEncoder(ModelMixin, ConfigMixin):
                 f"LQEncoder: block_out_channels={widths} with norm_num_groups={norm_num_groups}; "
                 "every block needs a number of channels that the groups divide"
             )
+        if features not in get_args(Features):
+            raise InputError(f"LQEncoder: features is {features!r}; it must be one of {', '.join(get_args(Features))}")
         self.conv_in = nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownEncoderBlock2D(
@@ -79,14 +92,22 @@ class LQEncoder(ModelMixin, ConfigMixin):
             attention_head_dim=widths[-1],
             add_attention=mid_block_add_attention,
         )
+        self.quant_conv: nn.Conv2d | None = None
+        if features == "last":
+            self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[-1], eps=_EPS)
+            self.conv_act = nn.SiLU()
+            self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, kernel_size=3, padding=1)
+            # The VAE's own gives the posterior's variance too, in as many channels again: weights without a gradient.
+            self.quant_conv = nn.Conv2d(2 * latent_channels, latent_channels, kernel_size=1)
         self.gradient_checkpointing = False
 
     @classmethod
-    def from_vae(cls, vae: AutoencoderKL) -> LQEncoder:
+    def from_vae(cls, vae: AutoencoderKL, features: Features = "penultimate") -> LQEncoder:
         """An encoder with a copy of the VAE encoder's weights, in its dtype and on its device.
 
         Raises:
-            InputError: the VAE's encoder is not made of plain `DownEncoderBlock2D`.
+            InputError: the VAE's encoder is not made of plain `DownEncoderBlock2D`; for its last features, it has no
+                `quant_conv`.
         """
         config = vae.config
         if set(config.down_block_types) != {"DownEncoderBlock2D"}:
@@ -94,9 +115,17 @@ class LQEncoder(ModelMixin, ConfigMixin):
                 f"LQEncoder.from_vae: the VAE has down_block_types={list(config.down_block_types)}; "
                 "only DownEncoderBlock2D is allowed: give a VAE of SDXL's kind"
             )
-        encoder = cls(**{name: config[name] for name in _SHARED_CONFIG})
+        if features == "last" and vae.quant_conv is None:
+            raise InputError(
+                "LQEncoder.from_vae: features='last' and a VAE without quant_conv; give one of SDXL's kind"
+            )
+        encoder = cls(**{name: config[name] for name in _SHARED_CONFIG}, features=features)
+        theirs = vae.encoder.state_dict()
+        if features == "last":
+            quant_conv = vae.quant_conv.state_dict().items()
+            theirs |= {f"quant_conv.{key}": value[: config.latent_channels] for key, value in quant_conv}
         ours = encoder.state_dict().keys()
-        weights = {key: value for key, value in vae.encoder.state_dict().items() if key in ours}
+        weights = {key: value for key, value in theirs.items() if key in ours}
         encoder.load_state_dict(weights, strict=True)
         # torch's own `to`: that of diffusers 0.42 warns of float32 layers at every cast, though there are none.
         return nn.Module.to(encoder, device=vae.device, dtype=vae.dtype)
@@ -109,6 +138,8 @@ class LQEncoder(ModelMixin, ConfigMixin):
     @property
     def out_channels(self) -> int:
         """Channels of the features."""
+        if self.quant_conv is not None:
+            return self.quant_conv.out_channels
         return int(self.config.block_out_channels[-1])
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Any = None) -> None:
@@ -120,19 +151,23 @@ class LQEncoder(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
 
     def forward(self, lq: Tensor) -> Tensor:
-        """lq RGB [B, 3, H, W] in [-1, 1] -> features [B, C, H / 8, W / 8], raw (no norm, no scaling).
+        """lq RGB [B, 3, H, W] in [-1, 1] -> features [B, C, H / 8, W / 8], raw (no norm, no scaling) or last.
 
         Raises:
             InputError: the shape is not [B, 3, H, W] with H and W multiples of `downscale`.
         """
         self.check_shape(lq)
-        features = self.conv_in(lq)
+        features: Tensor = self.conv_in(lq)
         for block in [*self.down_blocks, self.mid_block]:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 features = checkpoint(block, features, use_reentrant=False)
             else:
                 features = block(features)
-        return features
+        if self.quant_conv is None:
+            return features
+        moments = self.conv_out(self.conv_act(self.conv_norm_out(features)))
+        mean: Tensor = self.quant_conv(moments)
+        return mean * self.config.scaling_factor
 
     def check_shape(self, lq: Tensor) -> None:
         """Raises InputError unless `lq` is [B, in_channels, H, W] with H and W multiples of `downscale`."""
@@ -177,7 +212,8 @@ class LQEncoder(ModelMixin, ConfigMixin):
         if longest <= tile_px:
             return self(lq)
         band_px = max(self.downscale, tile_px**2 // lq.shape[3])
-        return encode_banded(self, lq, band_px=band_px, store_device=store_device)
+        features = encode_banded(self, lq, band_px=band_px, store_device=store_device, quant_conv=self.quant_conv)
+        return features if self.quant_conv is None else features * self.config.scaling_factor
 
     def _encode_tiles(self, lq: Tensor, tile_px: int) -> Tensor:
         """Tiles of tile_px at 3/4 of their size apart; the first quarter of each is blended with the one before."""

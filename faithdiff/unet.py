@@ -16,7 +16,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
-from faithdiff.alignment import AlignmentAttention, AlignmentModule
+from faithdiff.alignment import RELEASED_BATCH_GROUP, AlignmentAttention, AlignmentKind, AlignmentModule
+from faithdiff.control import ControlBranch, run_encoder, text_of
 from faithdiff.prepared_text import PreparedText, install_text_layers, prepare_text
 
 
@@ -35,7 +36,13 @@ class FaithDiffUNet(UNet2DConditionModel):
 
     `from_config(unet_config, lq_channels=512, alignment_attention="value" | "tokens")` and `from_pretrained` work as
     in diffusers. `add_sample=False` drops the residual f_x (no released setting uses it).
+
+    Ablations of the paper: `alignment_kind="sum"` has no alignment transformer (`AlignmentModule`); with
+    `has_control=True` the aligned features go into a `ControlBranch` instead of the first block.
     """
+
+    # What `compile_repeated_blocks` compiles: diffusers' own choice, and ours.
+    _repeated_blocks = ("BasicTransformerBlock", "AlignmentBlock")
 
     @register_to_config
     @_with_unet_parameters
@@ -45,16 +52,26 @@ class FaithDiffUNet(UNet2DConditionModel):
         lq_channels: int = 512,
         alignment_attention: AlignmentAttention = "value",
         add_sample: bool = True,
+        # Not `alignment` and `control`: diffusers' attribute look-up would find the config in the modules' place.
+        alignment_kind: AlignmentKind = "transformer",
+        has_control: bool = False,
         **unet_config: Any,
     ) -> None:
         super().__init__(**unet_config)
-        self.alignment = AlignmentModule(self.config.block_out_channels[0], lq_channels, alignment_attention)
+        channels = self.config.block_out_channels[0]
+        self.alignment = AlignmentModule(channels, lq_channels, alignment_attention, alignment_kind)
+        self.control = ControlBranch(self.down_blocks, self.mid_block, channels) if has_control else None
         install_text_layers(self)
 
     def set_alignment_attention(self, attention: AlignmentAttention) -> None:
         """Switches the alignment module's mode and records it in the config that `save_pretrained` writes."""
         self.alignment.attention = attention
         self.register_to_config(alignment_attention=attention)
+
+    def set_batch_attention(self, group: int = RELEASED_BATCH_GROUP) -> None:
+        """For training as released (`AlignmentModule.set_batch_attention`); the config says "value" from now on."""
+        self.alignment.set_batch_attention(group)
+        self.register_to_config(alignment_attention="value")
 
     def forward(
         self,
@@ -80,12 +97,16 @@ class FaithDiffUNet(UNet2DConditionModel):
         return prepare_text(self, encoder_hidden_states)
 
     def entrance(self, sample: Tensor, lq_embedding: Tensor | None) -> Tensor:
-        """Aligned features [B, C, H, W]. They depend on neither text nor timestep: one row serves a guidance pair."""
+        """Aligned features f_a [B, C, H, W]. They depend on neither text nor timestep: one row serves a guidance pair.
+
+        With a control branch, plain and aligned features in one [B, 2 C, H, W]. Without `lq_embedding`, f_x alone.
+        """
         features: Tensor = self.conv_in(sample)
         if lq_embedding is None:
             return features
         aligned = self.alignment.align(features, lq_embedding)
-        return aligned if self.config.add_sample else aligned - features
+        aligned = aligned if self.config.add_sample else aligned - features
+        return aligned if self.control is None else torch.cat([features, aligned], dim=1)
 
     def trunk(
         self,
@@ -94,14 +115,13 @@ class FaithDiffUNet(UNet2DConditionModel):
         encoder_hidden_states: Tensor | PreparedText,
         added_cond_kwargs: dict[str, Tensor],
     ) -> Tensor:
-        """Predicted noise [B, 4, H, W] of the features [B, C, H, W] that left the entrance: stock SDXL from here."""
+        """Predicted noise [B, 4, H, W] of what left the entrance: stock SDXL from here, but for a control branch."""
+        features, aligned = self._split_entrance(features)
         emb = self._embed_conditions(features, timestep, encoder_hidden_states, added_cond_kwargs)
-        skips: tuple[Tensor, ...] = (features,)
-        hidden = features
-        for block in self.down_blocks:
-            hidden, block_skips = block(hidden_states=hidden, temb=emb, **_text_of(block, encoder_hidden_states))
-            skips += block_skips
-        hidden = self.mid_block(hidden, emb, **_text_of(self.mid_block, encoder_hidden_states))
+        hidden, skips = run_encoder(self.down_blocks, self.mid_block, features, emb, encoder_hidden_states)
+        if aligned is not None:
+            assert self.control is not None
+            hidden, skips = self.control(aligned, emb, encoder_hidden_states, hidden, skips)
         for block in self.up_blocks:
             count = len(block.resnets)
             skips, block_skips = skips[:-count], skips[-count:]
@@ -112,10 +132,16 @@ class FaithDiffUNet(UNet2DConditionModel):
                 temb=emb,
                 res_hidden_states_tuple=block_skips,
                 upsample_size=upsample_size,
-                **_text_of(block, encoder_hidden_states),
+                **text_of(block, encoder_hidden_states),
             )
         noise_pred: Tensor = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         return noise_pred
+
+    def _split_entrance(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.control is None or features.shape[1] == self.conv_in.out_channels:
+            return features, None
+        plain, aligned = features.chunk(2, dim=1)
+        return plain, aligned
 
     def _embed_conditions(
         self,
@@ -129,8 +155,3 @@ class FaithDiffUNet(UNet2DConditionModel):
             emb=emb, encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added_cond_kwargs
         )
         return emb if added is None else emb + added
-
-
-def _text_of(block: torch.nn.Module, encoder_hidden_states: Tensor | PreparedText) -> dict[str, Any]:
-    has_text = getattr(block, "has_cross_attention", False)
-    return {"encoder_hidden_states": encoder_hidden_states} if has_text else {}

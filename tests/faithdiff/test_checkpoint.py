@@ -10,6 +10,7 @@ from faithdiff.checkpoint import load_released, save_released
 from faithdiff.encoder import LQEncoder
 from faithdiff.errors import InputError
 from faithdiff.unet import FaithDiffUNet
+from faithdiff.variants import with_architecture
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,23 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_in_one_line(tmp_path, nano):
     for name in ("absent.bin", "text.bin", "list.json.bin", "code.bin", "list.bin", "other.bin"):
         with pytest.raises(InputError, match=name):
             load_released(nano.unet, nano.lq_encoder, tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"alignment": "sum"}, "alignment_kind='sum' instead of 'transformer'"),
+        ({"features": "last"}, "features='last' instead of 'penultimate'"),
+        ({"control": True}, "has_control=True instead of False"),
+    ],
+)
+def test_architectures_that_the_released_layout_cannot_hold_are_refused(architecture, message, nano, tmp_path):
+    tensors = save_released(nano.unet, nano.lq_encoder)
+    pipe = with_architecture(nano, **architecture)
+    for refused in (
+        lambda: save_released(pipe.unet, pipe.lq_encoder, tmp_path / "FaithDiff.bin"),
+        lambda: load_released(pipe.unet, pipe.lq_encoder, tensors),
+    ):
+        with pytest.raises(InputError, match=f"{message}.*save_pretrained"):
+            refused()
+    assert not list(tmp_path.iterdir())

@@ -227,3 +227,55 @@ def test_released_tiles_start_above_an_eighth_of_the_tile(small):
 def test_settings_of_the_tiling_that_cannot_be_used_are_refused(small, settings, message):
     with pytest.raises(InputError, match=message):
         small.encode(picture(48, 48), **settings)
+
+
+@pytest.fixture(scope="module")
+def last(small_vae):
+    with torch.no_grad():
+        small_vae.encoder.conv_norm_out.weight.add_(0.3)  # ones would hide a forgotten scale
+    return LQEncoder.from_vae(small_vae, features="last").eval()
+
+
+@torch.no_grad()
+def test_last_features_are_the_scaled_mean_of_the_posterior(last, small_vae, rel_error):
+    lq = picture(40, 64, batch=2)
+    expected = small_vae.encode(lq).latent_dist.mean * small_vae.config.scaling_factor
+    assert last.out_channels == small_vae.config.latent_channels == 4
+    assert rel_error(last(lq), expected) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("height", "width", "tile_px"), [(72, 40, 64), (40, 200, 32), (16, 8, 8)])
+def test_exact_parts_give_the_last_features_of_the_whole_picture(last, rel_error, height, width, tile_px):
+    lq = picture(height, width, batch=2)
+    assert rel_error(last.encode(lq, tile_px=tile_px), last(lq)) < 2e-5
+
+
+@torch.no_grad()
+def test_released_tiles_give_last_features_too(last, rel_error):
+    lq = picture(96, 160)
+    assert rel_error(last.encode(lq, tile_px=64, tiling="released"), released_tiles_slowly(last, lq, 64)) < 1e-6
+
+
+def test_every_weight_of_the_last_features_gets_a_gradient(small_vae):
+    encoder = LQEncoder.from_vae(small_vae, features="last").train()
+    plain = gradients(encoder, picture(32, 32))
+    assert all(gradient.abs().max() > 0 for gradient in plain)
+    encoder.enable_gradient_checkpointing()
+    for ours, theirs in zip(gradients(encoder, picture(32, 32)), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_an_encoder_of_last_features_is_saved_as_one(last, tmp_path):
+    last.save_pretrained(tmp_path)
+    loaded = LQEncoder.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(picture(32, 32)), last(picture(32, 32)))
+
+
+def test_features_that_cannot_be_had_are_refused(small_vae):
+    with pytest.raises(InputError, match=r"'first'.*penultimate, last"):
+        LQEncoder(features="first")
+    vae = AutoencoderKL.from_config(small_vae.config, use_quant_conv=False)
+    with pytest.raises(InputError, match="without quant_conv"):
+        LQEncoder.from_vae(vae, features="last")

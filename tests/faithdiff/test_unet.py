@@ -1,6 +1,9 @@
+import copy
+
 import pytest
 import torch
 
+from faithdiff.errors import InputError
 from faithdiff.unet import FaithDiffUNet
 
 
@@ -106,3 +109,64 @@ def test_tokens_mode_survives_saving(tmp_path, nano):
     unet = FaithDiffUNet.from_config(nano.unet.config, alignment_attention="tokens")
     unet.save_pretrained(tmp_path)
     assert FaithDiffUNet.from_pretrained(tmp_path).alignment.attention == "tokens"
+
+
+def test_batch_attention_is_never_recorded_and_saves_as_value(tmp_path, nano):
+    unet = FaithDiffUNet.from_config(nano.unet.config, alignment_attention="tokens")
+    with pytest.raises(InputError, match=r"'batch'.*value, tokens"):
+        unet.set_alignment_attention("batch")
+    unet.set_batch_attention(4)
+    unet.save_pretrained(tmp_path)
+    assert FaithDiffUNet.from_pretrained(tmp_path).config.alignment_attention == "value"
+
+
+def predict(unet, rows=2):
+    seeded = torch.Generator().manual_seed(0)
+    shapes = {"sample": (rows, 4, 8, 8), "text": (rows, 77, 96), "pooled": (rows, 64), "lq": (rows, 64, 8, 8)}
+    inputs = {name: torch.randn(shape, generator=seeded) for name, shape in shapes.items()}
+    added = {"text_embeds": inputs["pooled"], "time_ids": torch.full((rows, 6), 512.0)}
+    return unet(inputs["sample"], 501, inputs["text"], added, inputs["lq"]).sample
+
+
+def gradients(unet):
+    unet.zero_grad()
+    prediction = predict(unet)
+    prediction.square().mean().backward()
+    return prediction.detach(), {name: p.grad.clone() for name, p in unet.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+# torch silences this warning of its own by a filter that pytest's comes before.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_compiled_blocks_give_the_same_prediction_and_gradients(is_checkpointed, nano, compiler):
+    unet = copy.deepcopy(nano.unet).train()
+    unet.set_batch_attention(2)
+    if is_checkpointed:
+        unet.enable_gradient_checkpointing()
+    expected, expected_gradients = gradients(unet)
+    unet.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    compiled = [module for module in unet.modules() if module._compiled_call_impl is not None]
+    assert {type(module).__name__ for module in compiled} == {"BasicTransformerBlock", "AlignmentBlock"}
+    actual, actual_gradients = gradients(unet)
+    assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    assert actual_gradients.keys() == expected_gradients.keys()
+    for name, expected_gradient in expected_gradients.items():
+        torch.testing.assert_close(actual_gradients[name], expected_gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_gradient_checkpointing_changes_no_gradient(nano):
+    unet = copy.deepcopy(nano.unet).train()
+    expected, expected_gradients = gradients(unet)
+    unet.enable_gradient_checkpointing()
+    actual, actual_gradients = gradients(unet)
+    assert torch.equal(actual, expected)
+    assert actual_gradients.keys() == expected_gradients.keys()
+    for name, expected_gradient in expected_gradients.items():
+        torch.testing.assert_close(actual_gradients[name], expected_gradient)

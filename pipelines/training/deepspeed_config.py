@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -11,26 +13,87 @@ from deepspeed.utils import safe_set_full_fp32_param
 from torch import nn
 
 from faithdiff.loss import FaithDiffForTraining
-from pipelines.training.batches import BatchSplit
+from pipelines.training.batch_split import BatchSplit
+from pipelines.training.guard import clip_and_skip_on_device
 from pipelines.training.recipe import StageConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
+
+_BUCKET_NUMEL = 200_000_000
+"""Gradients that are reduced at once: 0.8 GB in fp32, twice with `overlap_comm`."""
+_PERSISTENT_NUMEL = 1_000_000
+"""ZeRO 3 keeps parameters below this whole: all that SDXL has with 640 channels, a twentieth of its weights."""
 
 
 def deepspeed_config(cfg: TrainConfig, split: BatchSplit) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`; the recipe's `deepspeed` entries replace generated ones."""
     config: dict[str, Any] = {
-        "train_batch_size": split.global_batch,
+        # Not train_batch_size: slots without a sample may make it larger than the global batch.
         "train_micro_batch_size_per_gpu": split.micro_batch,
         "gradient_accumulation_steps": split.accumulation,
-        "gradient_clipping": cfg.optimizer.max_grad_norm,
-        "zero_optimization": {"stage": cfg.zero_stage},
+        "zero_optimization": _zero_config(cfg),
         "zero_allow_untested_optimizer": True,
+        # Its own optimiser for offloading wants a compiler; torch's fused AdamW runs on CPUs too.
+        "zero_force_ds_cpu_optimizer": False,
+        # This timer waits for the GPU twice per micro-batch.
+        "timers": {"throughput": {"enabled": False}},
+        "wall_clock_breakdown": False,
         "steps_per_print": 2**31,
     }
+    if zero_stage(cfg):
+        config["gradient_clipping"] = cfg.optimizer.max_grad_norm
+    return _merged(config | _precision_config(cfg), cfg.deepspeed)
+
+
+def zero_stage(cfg: TrainConfig) -> int:
+    """The stage that runs: DeepSpeed's stage 0 knows neither fp32 sums of half-precision gradients nor offloading.
+
+    Stage 1 gives what stage 0 would, in less memory.
+    """
+    return max(cfg.zero_stage, int(cfg.precision != "fp32" or cfg.offload_optimizer))
+
+
+def _zero_config(cfg: TrainConfig) -> dict[str, Any]:
+    stage = zero_stage(cfg)
+    config: dict[str, Any] = {"stage": stage}
+    if stage:
+        config |= {
+            "contiguous_gradients": True,
+            "overlap_comm": cfg.use_gpu,
+            "reduce_bucket_size": _BUCKET_NUMEL,
+            "allgather_bucket_size": _BUCKET_NUMEL,
+        }
+    if stage == 3:
+        config["stage3_param_persistence_threshold"] = _PERSISTENT_NUMEL
+    if cfg.offload_optimizer:
+        config["offload_optimizer"] = {"device": "cpu", "pin_memory": cfg.use_gpu}
+    return config
+
+
+def _precision_config(cfg: TrainConfig) -> dict[str, Any]:
+    if cfg.precision == "fp32":
+        return {}
+    # Micro-batches and ranks are summed in fp32, or their number would decide the rounding.
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     if cfg.precision == "bf16":
-        config["bf16"] = {"enabled": True}
-        # Micro-batches are summed in fp32, or the accumulation would decide the rounding.
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config | cfg.deepspeed
+        return {"bf16": {"enabled": True}, **sums}
+    scale = {
+        "enabled": True,
+        "loss_scale": 0,
+        "initial_scale_power": cfg.loss_scale.initial_power,
+        "loss_scale_window": cfg.loss_scale.growth_interval,
+        "hysteresis": 1,
+    }
+    return {"fp16": scale, **sums}
+
+
+def _merged(generated: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` over `generated`, mapping by mapping."""
+    merged = dict(generated)
+    for key, value in given.items():
+        before = merged.get(key)
+        merged[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def learning_rate_factor(update: int, *, warmup_updates: int, num_updates: int) -> float:
@@ -41,6 +104,12 @@ def learning_rate_factor(update: int, *, warmup_updates: int, num_updates: int) 
     return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def set_learning_rate(engine: Any, factor: float) -> None:
+    """Every group's learning rate for the coming update: `factor` times its peak."""
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = factor * group["peak_lr"]
+
+
 def parameter_groups(model: FaithDiffForTraining, stage: StageConfig) -> list[dict[str, Any]]:
     """The trained parameters with their peak learning rates: LQ encoder, and everything else."""
     encoder: list[nn.Parameter] = []
@@ -48,44 +117,55 @@ def parameter_groups(model: FaithDiffForTraining, stage: StageConfig) -> list[di
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (encoder if name.startswith("lq_encoder.") else rest).append(parameter)
-    groups = [
-        {"params": rest, "lr": stage.learning_rate, "name": "unet"},
-        {"params": encoder, "lr": stage.lq_encoder_learning_rate, "name": "lq_encoder"},
+    rates = [("unet", rest, stage.learning_rate), ("lq_encoder", encoder, stage.lq_encoder_learning_rate)]
+    return [
+        {"params": parameters, "lr": rate, "peak_lr": rate, "name": name}
+        for name, parameters, rate in rates
+        if parameters
     ]
-    return [group for group in groups if group["params"]]
 
 
-def initialize(model: FaithDiffForTraining, cfg: TrainConfig, stage: StageConfig, split: BatchSplit) -> Any:
-    """The DeepSpeed engine around `model`, whose frozen parameters have no gradients and no optimiser state."""
+def initialize(
+    model: FaithDiffForTraining,
+    cfg: TrainConfig,
+    stage: StageConfig,
+    split: BatchSplit,
+    *,
+    compile_backend: str = "inductor",
+) -> Any:
+    """The DeepSpeed engine around `model`, whose frozen parameters have no gradients and no optimiser state.
+
+    Its learning rates are the peaks until `set_learning_rate` is called.
+    """
     # DeepSpeed would compile a shared-memory collective on a CPU; gloo does without it and without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if zero_stage(cfg) != cfg.zero_stage:
+        logger.info("zero_stage: 1 in place of 0, which DeepSpeed has only for fp32 without offloading")
     optimizer = torch.optim.AdamW(
         parameter_groups(model, stage),
         betas=(cfg.optimizer.beta1, cfg.optimizer.beta2),
         eps=cfg.optimizer.eps,
         weight_decay=cfg.optimizer.weight_decay,
-        fused=cfg.use_gpu,
+        fused=True,
     )
-
-    def schedule(optimizer: torch.optim.Optimizer) -> Any:
-        return torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda update: learning_rate_factor(
-                update, warmup_updates=stage.warmup_updates, num_updates=stage.num_updates
-            ),
-        )
-
-    is_rounded = cfg.precision == "bf16"
+    if zero_stage(cfg) == 0:
+        clip_and_skip_on_device(optimizer, cfg.optimizer.max_grad_norm)
+    if cfg.compile:
+        compile_blocks(model, backend=compile_backend)
+    is_rounded = cfg.precision != "fp32"
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     exact = {name: parameter.detach().clone() for name, parameter in trained} if is_rounded else {}
     engine, *_ = deepspeed.initialize(
-        model=model.train(),
-        optimizer=optimizer,
-        lr_scheduler=schedule,
-        config=deepspeed_config(cfg, split),
-        dist_init_required=False,
+        model=model.train(), optimizer=optimizer, config=deepspeed_config(cfg, split), dist_init_required=False
     )
-    # DeepSpeed takes its fp32 masters from weights that it has rounded to bf16 already.
+    # DeepSpeed takes its fp32 masters from weights that it has rounded already.
     for name, parameter in trained if is_rounded else ():
         safe_set_full_fp32_param(parameter, exact[name].to(engine.device))
     return engine
+
+
+def compile_blocks(model: FaithDiffForTraining, *, backend: str) -> None:
+    """Compiles the UNet's transformer blocks, which share one graph per width, and the LQ encoder's down blocks."""
+    model.unet.compile_repeated_blocks(backend=backend)
+    for block in model.lq_encoder.down_blocks:
+        block.compile(backend=backend)

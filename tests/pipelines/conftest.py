@@ -1,9 +1,15 @@
-"""Pictures and samples for the tests of the data stages."""
+"""Pictures and samples for the tests of the data stages; a group of processes for those of training."""
 
 from __future__ import annotations
 
+import inspect
 import io
-from collections.abc import Callable
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Listener, wait
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +72,54 @@ def make_crop() -> Callable[..., Any]:
         return Sample(key=key, **given)
 
     return make
+
+
+class Ranks:
+    """Processes of one gloo group that wait for work; `ranks(function, *args)` runs it on all and gives their results.
+
+    The function must be one of a test file's own, by name, and its result must survive pickling.
+    """
+
+    def __init__(self, num_ranks: int, folder: Path) -> None:
+        self.folder, self.num_ranks = folder, num_ranks
+        program = Path(__file__).with_name("gloo_rank.py")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        with Listener(str(folder / "socket")) as listener:
+            self.processes = [
+                subprocess.Popen(
+                    [sys.executable, str(program), listener.address, str(rank), str(num_ranks), str(folder / "store")],
+                    env=environment,
+                    stdout=(folder / f"rank{rank}.log").open("w"),
+                    stderr=subprocess.STDOUT,
+                )
+                for rank in range(num_ranks)
+            ]
+            self.connections = [listener.accept() for _ in range(num_ranks)]
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """The results by rank. A failure ends the group: its other ranks wait for the one that failed."""
+        for connection in self.connections:
+            connection.send_bytes(pickle.dumps((inspect.getfile(function), function.__name__, args)))
+        results, waiting = dict[int, Any](), list(self.connections)
+        while waiting:
+            for connection in wait(waiting):
+                rank, is_good, answer = pickle.loads(connection.recv_bytes())  # noqa: S301
+                if not is_good:
+                    self.close()
+                    pytest.fail(f"rank {rank} (logs in {self.folder}):\n{answer}")
+                results[rank] = answer
+                waiting.remove(connection)
+        return [results[rank] for rank in range(self.num_ranks)]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """`two_ranks(function, *args)` -> what the function returned in each of two processes of one gloo group."""
+    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()

@@ -7,6 +7,7 @@
     |       +-- InputDataError    a folder, picture, shard or manifest that cannot be used
     +-- RuntimeError
         +-- StorageError          storage still failed after its retries: exit status 1
+        +-- TrackingError         the tracking server was away for longer than we wait: exit status 1
 
 Every message reads *where: what came, what is allowed, what to change*.
 """
@@ -28,3 +29,7 @@ class InputDataError(RequestError):
 
 class StorageError(RuntimeError):
     """Storage still failed after its retries."""
+
+
+class TrackingError(RuntimeError):
+    """The tracking server was away for longer than we wait for it."""

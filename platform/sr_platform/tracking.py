@@ -1,107 +1,54 @@
-"""MLflow: runs with their metrics, registered versions with aliases and lineage, and models by URI.
+"""MLflow for the driver of a job: runs with their parameters and tags, and versions of models in the registry.
 
 The tracking server is the one of MLFLOW_TRACKING_URI; without it, an SQLite file beside the output of the job.
-A driver opens the runs (SQLite races when several processes create its tables) and rank 0 alone writes into them.
+A driver opens the runs (SQLite races when several processes create its tables); rank 0 alone writes into them, with
+run_log.RunLog. A server that is lost on the way is waited for; one that cannot be reached at the start is an error.
 
     runs = Tracking.open(default_path=out, experiment="faithdiff")
     parent = runs.start("train nano", params={...}, tags={...})
-    RunLog(runs.uri, parent).log(step=10, metrics={"train/loss": 0.8})
-    version = runs.register_folder(folder, name="faithdiff-nano", alias="candidate", run_id=parent, tags={...})
-    resolve_model("models:/faithdiff-nano@candidate").path
+    version = runs.register_model("s3://b/model", name="faithdiff-nano", alias="candidate", run_id=parent, ...)
+    runs.finish(parent)
 """
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
-import re
-import shutil
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlparse
+from typing import Any, TypeVar
+from urllib.parse import urlparse
 
-from sr_platform.errors import RequestError
+from sr_platform.errors import InputDataError, TrackingError
+from sr_platform.mlflow_client import (
+    PATIENCE_S,
+    START_PATIENCE_S,
+    at_start,
+    is_missing,
+    open_client,
+    patiently,
+    public_uri,
+)
+from sr_platform.model_registry import MANIFEST_DIGEST_TAG, MODEL_DIGEST_TAG, MODEL_URI_TAG, local_path, resolve_model
+from sr_platform.run_log import Metric, RunLog
 
-MANIFEST_DIGEST_TAG = "manifest_digest"
-_MODEL_URI = re.compile(r"^models:/+(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
-_CACHE_PATH = Path.home() / ".cache" / "sr_platform" / "models"
-_MAX_METRICS_PER_CALL = 1000
+# Until everybody imports them from where they are.
+__all__ = ["MANIFEST_DIGEST_TAG", "Metric", "RunLog", "Tracking", "flatten", "resolve_model", "tracking_uri"]
+
+_START_TAG = "start_id"
 _MAX_PARAMS_PER_CALL = 100
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model lies and what it is called in reports and response headers."""
-
-    path: str
-    """A local folder, or the preset name that was given."""
-    version: str
-    """`name/3` of a registered model, a preset's name, or "folder"."""
-    manifest_digest: str | None
-    """Of the dataset it was trained on, where the registry knows it."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    key: str
-    value: float
-    step: int
+T = TypeVar("T")
 
 
 def tracking_uri(default_path: Path) -> str:
-    """MLFLOW_TRACKING_URI, or an SQLite file in `default_path`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{default_path.resolve() / 'mlflow.db'}"
-
-
-def resolve_model(uri: str, cache_path: Path | None = None) -> ModelSource:
-    """The model of `models:/name@alias` or `models:/name/3`, downloaded once; a preset name or a folder as it is.
-
-    A version never changes, so a download in `cache_path` is used again.
-
-    Raises:
-        RequestError: not a model URI, or the registry has no such model, alias or version.
-    """
-    if not uri.startswith("models:"):
-        path = unquote(urlparse(uri).path) if uri.startswith("file://") else uri
-        return ModelSource(path, "folder" if Path(path).is_dir() else uri, None)
-    match = _MODEL_URI.match(uri)
-    if match is None:
-        raise RequestError(f"model: got {uri!r}; a registered model is models:/name@alias or models:/name/3")
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        raise RequestError(
-            f"model: {uri} is looked up in the registry of MLFLOW_TRACKING_URI, which is not set; "
-            "set it to the tracking server, or to sqlite:////path/to/mlflow.db"
-        )
-    version = _find_version(_client(os.environ["MLFLOW_TRACKING_URI"]), uri, **match.groupdict())
-    return ModelSource(
-        path=str(_download(version, cache_path or _CACHE_PATH)),
-        version=f"{version.name}/{version.version}",
-        manifest_digest=version.tags.get(MANIFEST_DIGEST_TAG),
-    )
-
-
-class RunLog:
-    """Writes metrics into a run that exists already. For rank 0: one writer per run."""
-
-    def __init__(self, uri: str, run_id: str) -> None:
-        self._client, self._run_id = _client(uri), run_id
-
-    def log(self, metrics: Sequence[Metric]) -> None:
-        """All of `metrics` in as few requests as the server takes."""
-        from mlflow.entities import Metric as MlflowMetric
-
-        now_ms = int(time.time() * 1000)
-        entities = [MlflowMetric(m.key, m.value, now_ms, m.step) for m in metrics]
-        for first in range(0, len(entities), _MAX_METRICS_PER_CALL):
-            self._client.log_batch(self._run_id, metrics=entities[first : first + _MAX_METRICS_PER_CALL])
-
-    def latest(self) -> dict[str, float]:
-        """The last value of every metric of the run, by key."""
-        return dict(self._client.get_run(self._run_id).data.metrics)
+    """MLFLOW_TRACKING_URI without a server's password, or an SQLite file in `default_path`."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    return public_uri(given) if given else f"sqlite:///{default_path.resolve() / 'mlflow.db'}"
 
 
 @dataclass(frozen=True)
@@ -110,20 +57,18 @@ class Tracking:
 
     uri: str
     experiment_id: str
+    patience_s: float = PATIENCE_S
+    """How long every call waits for a server that is away, before it raises TrackingError."""
 
     @classmethod
     def open(cls, *, default_path: Path, experiment: str) -> Tracking:
-        """The experiment, created where it does not exist. SQLite keeps its artefacts beside the database file."""
+        """The experiment, created where it does not exist. SQLite keeps its artefacts beside the database file.
+
+        Raises:
+            RequestError: the server does not answer within about 20 s, or the URI is none that MLflow knows.
+        """
         uri = tracking_uri(default_path)
-        client = _client(uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is not None:
-            return cls(uri, found.experiment_id)
-        location = None
-        if uri.startswith("sqlite:"):
-            # MLflow's own default is a folder of the current directory, which no other process would find.
-            location = (Path(urlparse(uri).path[1:]).parent / "mlartifacts").resolve().as_uri()
-        return cls(uri, client.create_experiment(experiment, artifact_location=location))
+        return cls(uri, at_start(uri, lambda client: _experiment_id(client, uri, experiment)))
 
     def start(
         self, name: str, *, parent_run_id: str | None = None, params: Mapping[str, Any], tags: Mapping[str, str]
@@ -132,12 +77,22 @@ class Tracking:
         from mlflow.entities import Param
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-        client = _client(self.uri)
+        start_id = uuid.uuid4().hex
         nesting = {MLFLOW_PARENT_RUN_ID: parent_run_id} if parent_run_id else {}
-        run_id: str = client.create_run(self.experiment_id, run_name=name, tags={**nesting, **tags}).info.run_id
-        flat = [Param(key, str(value)) for key, value in flatten(params).items()]
-        for first in range(0, len(flat), _MAX_PARAMS_PER_CALL):
-            client.log_batch(run_id, params=flat[first : first + _MAX_PARAMS_PER_CALL])
+        marks = {**nesting, **tags, _START_TAG: start_id}
+
+        def create(client: Any) -> str:
+            # The answer to an earlier attempt may have been lost, and its run would seem to run for ever.
+            found = client.search_runs([self.experiment_id], f"tags.{_START_TAG} = '{start_id}'", max_results=1)
+            run = found[0] if found else client.create_run(self.experiment_id, run_name=name, tags=marks)
+            return str(run.info.run_id)
+
+        def log_params(client: Any) -> None:
+            for first in range(0, len(flat), _MAX_PARAMS_PER_CALL):
+                client.log_batch(run_id, params=flat[first : first + _MAX_PARAMS_PER_CALL], synchronous=True)
+
+        run_id, flat = self._call(create), [Param(key, str(value)) for key, value in flatten(params).items()]
+        self._call(log_params)
         return run_id
 
     def resume(self, run_id: str) -> bool:
@@ -145,34 +100,67 @@ class Tracking:
         from mlflow.exceptions import MlflowException
 
         try:
-            _client(self.uri).update_run(run_id, status="RUNNING")
+            self._call(lambda client: client.update_run(run_id, status="RUNNING"))
         except MlflowException as error:
-            if _is_missing(error):
+            if is_missing(error):
                 return False
             raise
         return True
 
     def finish(self, run_id: str, *, failed: bool = False) -> None:
-        _client(self.uri).set_terminated(run_id, "FAILED" if failed else "FINISHED")
+        """Ends a run. What made it fail counts more than a lost server: then it waits 20 s and only warns."""
+        if not failed:
+            self._call(lambda client: client.set_terminated(run_id, "FINISHED"))
+            return
+        try:
+            self._call(lambda client: client.set_terminated(run_id, "FAILED"), START_PATIENCE_S)
+        except TrackingError as error:
+            logger.warning("%s; run %s stays marked as running", error, run_id)
 
-    def register_folder(
-        self, folder: Path, *, name: str, alias: str, run_id: str, tags: Mapping[str, str], artifact: str = "model"
+    def register_model(
+        self, uri: str, *, name: str, alias: str, run_id: str, digest: str, tags: Mapping[str, str]
     ) -> str:
-        """The new version of `name`: `folder` as an artefact of the run, with `tags`, and `alias` moved to it.
+        """The new version of `name`, with `alias` moved to it; the model's files are where `uri` says.
 
-        One run gives one version: a second call for the same run returns the first one's version.
+        A model in s3:// stays there, and one in a local folder too when the registry is an SQLite file: whoever can
+        read the registry can read them. To a server a local folder is uploaded, as the run's artefact `model`.
+        `digest` (sha256, hexadecimal) and the place become tags. One run gives one version: a second call for the
+        same run returns the first one's version.
+
+        Raises:
+            InputDataError: `uri` is neither s3:// nor an existing folder.
         """
-        client = _client(self.uri)
-        _create_registered_model(client, name)
-        earlier = client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
-        if earlier:
-            version = earlier[0]
-        else:
-            client.log_artifacts(run_id, str(folder), artifact_path=artifact)
-            source = f"{client.get_run(run_id).info.artifact_uri}/{artifact}"
-            version = client.create_model_version(name, source=source, run_id=run_id, tags=dict(tags))
-        client.set_registered_model_alias(name, alias, version.version)
-        return str(version.version)
+        self._call(lambda client: _create_registered_model(client, name))
+        version = self._call(lambda client: _find_version_of_run(client, name, run_id))
+        if version is None:
+            source = self._place(uri, run_id)
+            told = {**tags, MODEL_URI_TAG: source, MODEL_DIGEST_TAG: digest}
+            version = self._call(lambda client: _create_version(client, name, source, run_id, told))
+        self._call(lambda client: client.set_registered_model_alias(name, alias, version))
+        return version
+
+    def register_folder(self, folder: Path, *, name: str, alias: str, run_id: str, tags: Mapping[str, str]) -> str:
+        return self.register_model(str(folder), name=name, alias=alias, run_id=run_id, digest="", tags=tags)
+
+    def _place(self, uri: str, run_id: str) -> str:
+        """Where everybody who reads the registry finds the model, which is uploaded only where it must be."""
+        if uri.startswith("s3://"):
+            return uri.rstrip("/")
+        path = Path(local_path(uri) or "").resolve()
+        if local_path(uri) is None or not path.is_dir():
+            raise InputDataError(f"model: {uri} is not a folder; give a folder, or s3://bucket/prefix")
+        if self.uri.startswith("sqlite:"):
+            return path.as_uri()
+        # File by file, so that a lost server costs one file and not all of them.
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            self._upload(run_id, file, Path("model") / file.parent.relative_to(path))
+        return f"{self._call(lambda client: client.get_run(run_id).info.artifact_uri)}/model"
+
+    def _upload(self, run_id: str, file: Path, artifact_folder: Path) -> None:
+        self._call(lambda client: client.log_artifact(run_id, str(file), artifact_folder.as_posix()))
+
+    def _call(self, call: Callable[[Any], T], patience_s: float | None = None) -> T:
+        return patiently(self.uri, lambda: call(open_client(self.uri)), patience_s or self.patience_s)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -186,11 +174,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _client(uri: str) -> Any:
-    # MLflow takes seconds to import, and a preset name needs none of it.
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+def _experiment_id(client: Any, uri: str, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    location = None
+    if uri.startswith("sqlite:"):
+        # MLflow's own default is a folder of the current directory, which no other process would find.
+        location = (Path(urlparse(uri).path[1:]).parent / "mlartifacts").resolve().as_uri()
+    return str(client.create_experiment(name, artifact_location=location))
 
 
 def _create_registered_model(client: Any, name: str) -> None:
@@ -203,51 +195,12 @@ def _create_registered_model(client: Any, name: str) -> None:
             raise
 
 
-def _find_version(client: Any, uri: str, *, name: str, alias: str | None, version: str | None) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        model = client.get_registered_model(name)
-        if alias is not None:
-            # MLflow answers a missing alias with the same error as a malformed request.
-            if alias not in model.aliases:
-                raise RequestError(f"model: {uri}: {name} has the aliases {sorted(model.aliases) or 'none'}; give one")
-            version = model.aliases[alias]
-        return client.get_model_version(name, str(version))
-    except MlflowException as error:
-        if not _is_missing(error):
-            raise
-        raise RequestError(
-            f"model: {uri} is not in the registry; it has {_registered_names(client) or 'no models'}"
-        ) from error
+def _find_version_of_run(client: Any, name: str, run_id: str) -> str | None:
+    found = client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
+    return str(found[0].version) if found else None
 
 
-def _is_missing(error: Any) -> bool:
-    return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
-
-
-def _registered_names(client: Any) -> str:
-    return ", ".join(sorted(model.name for model in client.search_registered_models(max_results=20)))
-
-
-def _download(version: Any, cache_path: Path) -> Path:
-    """The local folder of a version; it appears under its name only when complete."""
-    import mlflow.artifacts
-
-    # Another server may have the same name and number for another model.
-    identity = hashlib.sha256(f"{version.source} {version.run_id} {version.creation_timestamp}".encode()).hexdigest()
-    target = cache_path / f"{version.name}-{version.version}-{identity[:12]}"
-    if target.is_dir():
-        return target
-    cache_path.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache_path))
-    try:
-        downloaded = mlflow.artifacts.download_artifacts(
-            artifact_uri=version.source, dst_path=str(partial), tracking_uri=os.environ["MLFLOW_TRACKING_URI"]
-        )
-        # Two downloads of one version may finish together; the folders are equal and the first one stays.
-        if not target.is_dir():
-            Path(downloaded).rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+def _create_version(client: Any, name: str, source: str, run_id: str, tags: Mapping[str, str]) -> str:
+    # The answer to an earlier attempt may have been lost.
+    earlier = _find_version_of_run(client, name, run_id)
+    return earlier or str(client.create_model_version(name, source=source, run_id=run_id, tags=dict(tags)).version)

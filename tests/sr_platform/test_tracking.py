@@ -1,43 +1,18 @@
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+import logging
+import sqlite3
+import threading
 import time
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 from mlflow import MlflowClient
 
-from sr_platform.errors import RequestError
-from sr_platform.tracking import Metric, RunLog, Tracking, flatten, resolve_model, tracking_uri
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "pipeline"
-    (path / "unet").mkdir(parents=True)
-    (path / "model_index.json").write_text("{}")
-    (path / "unet" / "weights.bin").write_bytes(b"\0" * 1000)
-    return path
-
-
-@pytest.fixture(scope="module")
-def sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking]:
-    """One database for the module: creating MLflow's tables takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield Tracking.open(default_path=tmp_path_factory.mktemp("tracking"), experiment="test")
-
-
-def test_a_preset_or_a_folder_passes_through_as_it_is(folder: Path) -> None:
-    assert resolve_model("nano").path == resolve_model("nano").version == "nano"
-    assert (resolve_model(str(folder)).path, resolve_model(str(folder)).version) == (str(folder), "folder")
-    assert resolve_model(folder.as_uri()).path == str(folder)
-    assert resolve_model(str(folder)).manifest_digest is None
+from sr_platform import mlflow_client
+from sr_platform.errors import InputDataError, RequestError, TrackingError
+from sr_platform.run_log import Metric, RunLog
+from sr_platform.tracking import Tracking, flatten, tracking_uri
 
 
 def test_the_tracking_server_of_the_environment_comes_before_the_file(tmp_path, monkeypatch) -> None:
@@ -45,14 +20,14 @@ def test_the_tracking_server_of_the_environment_comes_before_the_file(tmp_path, 
     assert tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert tracking_uri(tmp_path) == "http://127.0.0.1:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:secret@tracking.example:5000/mlflow")
+    assert tracking_uri(tmp_path) == "https://tracking.example:5000/mlflow"
 
 
-def test_runs_are_nested_and_hold_recipe_tags_and_every_step(sqlite: Tracking) -> None:
+def test_runs_are_nested_and_hold_recipe_and_tags(sqlite: Tracking) -> None:
     many = {f"p{i}": i for i in range(150)}
     parent = sqlite.start("parent", params={"a": {"b": 1}, **many}, tags={"manifest_digest": "abc"})
     stage = sqlite.start("align", parent_run_id=parent, params={}, tags={})
-    log = RunLog(sqlite.uri, stage)
-    log.log([Metric("train/loss", 1.0 / (step + 1), step) for step in range(1200)])
     sqlite.finish(stage)
     sqlite.finish(parent, failed=True)
     client = MlflowClient(sqlite.uri)
@@ -60,98 +35,146 @@ def test_runs_are_nested_and_hold_recipe_tags_and_every_step(sqlite: Tracking) -
     assert len(client.get_run(parent).data.params) == 151
     assert client.get_run(parent).data.tags["manifest_digest"] == "abc"
     assert client.get_run(stage).data.tags["mlflow.parentRunId"] == parent
-    assert [m.step for m in client.get_metric_history(stage, "train/loss")] == list(range(1200))
-    assert log.latest() == {"train/loss": 1 / 1200}
     assert (client.get_run(stage).info.status, client.get_run(parent).info.status) == ("FINISHED", "FAILED")
     assert sqlite.resume(stage)
     assert client.get_run(stage).info.status == "RUNNING"
     assert not sqlite.resume("0" * 32)
 
 
-def test_a_registered_folder_comes_back_by_alias_and_by_version(sqlite, folder, tmp_path, monkeypatch) -> None:
+def test_a_busy_database_file_delays_the_log_and_not_the_training(sqlite: Tracking) -> None:
+    log = RunLog(sqlite.uri, sqlite.start("busy", params={}, tags={}))
+    other = sqlite3.connect(sqlite.uri.removeprefix("sqlite:///"), check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    started_s = time.perf_counter()
+    log.log([Metric("train/loss", 0.5, 1)])
+    assert time.perf_counter() - started_s < 0.2
+    assert not log.flush(0.3)
+    other.rollback()
+    other.close()
+    assert log.flush(30)
+    log.close()
+    assert log.latest() == {"train/loss": 0.5}
+
+
+def test_a_lost_answer_leaves_no_second_run_or_version(sqlite, folder, monkeypatch) -> None:
+    monkeypatch.setattr(mlflow_client, "FIRST_WAIT_S", 0.01)
+    for method in ("create_run", "create_model_version"):
+        lose_first_answer(monkeypatch, method)
+    client = MlflowClient(sqlite.uri)
+    num_before = len(client.search_runs([sqlite.experiment_id]))
+    run_id = sqlite.start("once", params={}, tags={})
+    assert len(client.search_runs([sqlite.experiment_id])) == num_before + 1
+    sqlite.register_model(str(folder), name="once", alias="candidate", run_id=run_id, digest="d", tags={})
+    assert [str(version.version) for version in client.search_model_versions("name='once'")] == ["1"]
+
+
+def lose_first_answer(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    real, calls = getattr(MlflowClient, method), []
+
+    def unsteady(self: MlflowClient, *args: object, **kwargs: object) -> object:
+        answer = real(self, *args, **kwargs)
+        calls.append(answer)
+        if len(calls) == 1:
+            raise ConnectionError("the answer was lost")
+        return answer
+
+    monkeypatch.setattr(MlflowClient, method, unsteady)
+
+
+def test_a_registered_folder_stays_where_it_is_beside_a_database_file(sqlite, folder) -> None:
     run_id = sqlite.start("run", params={}, tags={})
-    tags = {"manifest_digest": "d1"}
-    version = sqlite.register_folder(folder, name="one", alias="candidate", run_id=run_id, tags=tags)
-    again = sqlite.register_folder(folder, name="one", alias="candidate", run_id=run_id, tags=tags)
-    assert version == again == "1"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite.uri)
-    by_alias = resolve_model("models:/one@candidate", cache_path=tmp_path / "cache")
-    assert resolve_model("models:/one/1", cache_path=tmp_path / "cache") == by_alias
-    assert (by_alias.version, by_alias.manifest_digest) == ("one/1", "d1")
-    assert (Path(by_alias.path) / "unet" / "weights.bin").read_bytes() == b"\0" * 1000
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [Path(by_alias.path).name]
-    database = Path(sqlite.uri.removeprefix("sqlite:///"))
-    assert MlflowClient(sqlite.uri).get_run(run_id).info.artifact_uri.startswith(database.parent.as_uri())
+    for _ in range(2):  # one run gives one version
+        version = sqlite.register_model(
+            str(folder), name="one", alias="candidate", run_id=run_id, digest="abc", tags={"manifest_digest": "d1"}
+        )
+        assert version == "1"
+    client = MlflowClient(sqlite.uri)
+    registered = client.get_model_version_by_alias("one", "candidate")
+    assert registered.source == folder.as_uri()
+    assert registered.tags == {"manifest_digest": "d1", "model_uri": folder.as_uri(), "model_digest": "abc"}
+    assert client.list_artifacts(run_id) == []
 
 
-def test_an_alias_moves_to_the_newest_version(sqlite, folder, tmp_path, monkeypatch) -> None:
+def test_an_alias_moves_to_the_newest_version(sqlite, folder) -> None:
     for _ in range(2):
         run_id = sqlite.start("run", params={}, tags={})
-        sqlite.register_folder(folder, name="two", alias="candidate", run_id=run_id, tags={})
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite.uri)
-    assert resolve_model("models:/two@candidate", cache_path=tmp_path).version == "two/2"
-    assert resolve_model("models:/two/1", cache_path=tmp_path).version == "two/1"
+        sqlite.register_model(folder.as_uri(), name="two", alias="candidate", run_id=run_id, digest="", tags={})
+    assert str(MlflowClient(sqlite.uri).get_model_version_by_alias("two", "candidate").version) == "2"
 
 
-def test_a_wrong_model_uri_says_what_there_is(sqlite, folder, monkeypatch) -> None:
-    run_id = sqlite.start("run", params={}, tags={})
-    sqlite.register_folder(folder, name="three", alias="candidate", run_id=run_id, tags={})
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite.uri)
-    with pytest.raises(RequestError, match=r"aliases \['candidate'\]"):
-        resolve_model("models:/three@champion")
-    with pytest.raises(RequestError, match=r"not in the registry; it has .*three"):
-        resolve_model("models:/missing@champion")
-    with pytest.raises(RequestError, match="not in the registry"):
-        resolve_model("models:/three/9")
-    with pytest.raises(RequestError, match="models:/name@alias or models:/name/3"):
-        resolve_model("models:/three")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(RequestError, match="MLFLOW_TRACKING_URI, which is not set"):
-        resolve_model("models:/three@candidate")
+def test_what_is_no_model_folder_is_not_registered(sqlite, tmp_path) -> None:
+    for wrong in (str(tmp_path / "missing"), "gs://bucket/model"):
+        with pytest.raises(InputDataError, match="is not a folder; give a folder, or s3://bucket/prefix"):
+            sqlite.register_model(wrong, name="three", alias="candidate", run_id="0" * 32, digest="", tags={})
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
-    command += ["--artifacts-destination", str(tmp_path / "server_artifacts")]
-    process = subprocess.Popen(command, env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_healthy(uri, process)
-        yield uri
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-
-
-def _wait_until_healthy(uri: str, process: subprocess.Popen[bytes]) -> None:
-    deadline_s = time.monotonic() + 60
-    while time.monotonic() < deadline_s:
-        assert process.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(f"{uri}/health", timeout=2) as answer:
-                assert answer.status == 200
-                return
-        except OSError:
-            time.sleep(0.3)
-    raise AssertionError("the server did not answer within 60 s")
-
-
-def test_the_same_calls_work_against_a_tracking_server(server, folder, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+def test_the_same_calls_work_against_a_tracking_server(mlflow_server, folder, tmp_path) -> None:
     runs = Tracking.open(default_path=tmp_path / "unused", experiment="served")
     assert Tracking.open(default_path=tmp_path / "unused", experiment="served") == runs
     run_id = runs.start("run", params={"seed": 1}, tags={})
-    RunLog(runs.uri, run_id).log([Metric("train/loss", 0.5, 0)])
-    runs.register_folder(folder, name="served", alias="candidate", run_id=run_id, tags={"manifest_digest": "d2"})
-    model = resolve_model("models:/served@candidate", cache_path=tmp_path / "cache")
-    assert (model.version, model.manifest_digest) == ("served/1", "d2")
-    assert (Path(model.path) / "model_index.json").read_text() == "{}"
+    runs.register_model(str(folder), name="served", alias="candidate", run_id=run_id, digest="abc", tags={})
+    client = MlflowClient(mlflow_server.uri)
+    version = client.get_model_version_by_alias("served", "candidate")
+    assert version.source == f"{client.get_run(run_id).info.artifact_uri}/model"
+    assert version.tags == {"model_uri": version.source, "model_digest": "abc"}
+    assert [file.path for file in client.list_artifacts(run_id, "model/unet")] == ["model/unet/weights.bin"]
     assert not (tmp_path / "unused").exists()
+
+
+def test_a_model_in_s3_is_registered_without_a_copy(mlflow_server, tmp_path) -> None:
+    runs = Tracking.open(default_path=tmp_path, experiment="served")
+    run_id = runs.start("run", params={}, tags={})
+    runs.register_model("s3://bucket/model/", name="s3", alias="candidate", run_id=run_id, digest="abc", tags={})
+    client = MlflowClient(mlflow_server.uri)
+    version = client.get_model_version_by_alias("s3", "candidate")
+    assert (version.source, version.run_id) == ("s3://bucket/model", run_id)
+    assert version.tags == {"model_uri": "s3://bucket/model", "model_digest": "abc"}
+    assert client.list_artifacts(run_id) == []
+
+
+@pytest.mark.slow
+def test_the_driver_waits_for_a_lost_server(mlflow_server, folder, tmp_path, monkeypatch, caplog) -> None:
+    caplog.set_level(logging.INFO, "sr_platform")
+    monkeypatch.setattr(mlflow_client, "LONGEST_WAIT_S", 0.5)
+    runs = Tracking.open(default_path=tmp_path, experiment="lost")
+    parent = runs.start("parent", params={}, tags={})
+    mlflow_server.kill()
+    with pytest.raises(TrackingError, match=r"does not answer: .*Connection refused; start the server and run"):
+        replace(runs, patience_s=0.2).finish(parent)
+    monkeypatch.setattr("sr_platform.tracking.START_PATIENCE_S", 0.2)
+    runs.finish(parent, failed=True)
+    assert f"run {parent} stays marked as running" in caplog.text
+
+    done: list[str] = []
+
+    def between_stages() -> None:
+        done.append(str(runs.resume(parent)))
+        stage = runs.start("stage", parent_run_id=parent, params={"seed": 1}, tags={})
+        done.append(runs.register_model(str(folder), name="lost", alias="a", run_id=stage, digest="", tags={}))
+        runs.finish(stage)
+        done.append(stage)
+
+    driver = threading.Thread(target=between_stages)
+    driver.start()
+    time.sleep(1.0)
+    assert done == []
+    mlflow_server.start()
+    driver.join(timeout=60)
+    assert done[:2] == ["True", "1"]
+    assert MlflowClient(mlflow_server.uri).get_run(done[2]).info.status == "FINISHED"
+    assert f"tracking: {mlflow_server.uri} answers again" in caplog.text
+
+
+def test_a_wrong_server_is_found_at_the_start(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(mlflow_client, "START_PATIENCE_S", 0.2)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:1")
+    started_s = time.perf_counter()
+    with pytest.raises(
+        RequestError, match=r"http://127.0.0.1:1 does not answer: .*refused; start the server, or unset"
+    ) as caught:
+        Tracking.open(default_path=tmp_path, experiment="test")
+    assert time.perf_counter() - started_s < 10
+    assert "secret" not in str(caught.value)
 
 
 def test_nested_parameters_become_dotted_names() -> None:

@@ -1,146 +1,235 @@
-"""Train state on Ray and DeepSpeed: save and commit, restore after a failure, retention, weights for export.
+"""Checkpoints of training that any number of ranks can read: train state -> files -> train state, exported weights.
 
-Every rank writes its own part; Ray merges the parts into one folder per update, `<storage>/<run>/update_00000100/`.
-Frozen parameters are left out: they are those of the model that the run started from.
+    <uri>/update_00000100/<attempt>-00000-of-00002.000.safetensors    what rank 0 of 2 owns, in files of PART_BYTES
+    <uri>/update_00000100/<attempt>-00000-of-00002.json               then its table of them; it goes with the commit
+    <uri>/update_00000100/checkpoint.json                             all tables and what the caller adds: the commit
+
+Only checkpoint.json makes it a checkpoint, and rank 0 writes it when every rank's files are there. An attempt is one
+life of all workers: its name is in its files', so that one which was thought dead and still writes mixes with no other.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from pathlib import Path
-from typing import Any
+import hashlib
+import itertools
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-import ray.train
+import pydantic
 import torch
 from torch import Tensor
 
-_TAG = "train_state"
-_AVERAGE_FILE = "average_rank_{rank:05d}.pt"
+from sr_platform.config import StrictConfig
+from sr_platform.errors import InputDataError
+from sr_platform.storage import CHUNK_BYTES, Storage, open_storage
+
+COMMIT_NAME = "checkpoint.json"
+_ELEMENT_BYTES = 4
+_BATCH_ELEMENTS = 2**26
+
+logger = logging.getLogger(__name__)
 
 
-def checkpoint_config(*, keep: int) -> ray.train.CheckpointConfig:
-    """The `keep` newest checkpoints stay, older ones are deleted once a newer one is committed."""
-    return ray.train.CheckpointConfig(num_to_keep=keep)
+class Piece(NamedTuple):
+    """A range of one flattened parameter in a file: fp32, little-endian."""
+
+    parameter: str
+    kind: str
+    start: int
+    numel: int
+    offset_bytes: int
 
 
-def save_train_state(
-    engine: Any, *, update: int, metrics: dict[str, float], average: ParameterAverage | None = None
-) -> None:
-    """Saves weights, moments, learning-rate position and `update`, and returns once the checkpoint counts.
+class PartFile(StrictConfig):
+    """One safetensors file."""
 
-    Ray knows a checkpoint only after its controller has looked; a worker that dies before that would start from the
-    one before. All ranks must call this together.
+    name: str
+    """In the checkpoint's folder."""
+    size_bytes: int
+    sha256: str
+    pieces: tuple[Piece, ...]
+
+
+class RankTable(StrictConfig):
+    """What one rank has written."""
+
+    files: tuple[PartFile, ...]
+
+
+class CheckpointTable(StrictConfig):
+    """checkpoint.json."""
+
+    format: Literal[1] = 1
+    update: int
+    attempt: str
+    meta: dict[str, Any]
+    optimizer_steps: int
+    loss_scaler: dict[str, float]
+    shapes: dict[str, tuple[int, ...]]
+    files: tuple[PartFile, ...]
+
+
+Range = tuple[str, str, int, int]
+"""(parameter, kind, first element, number of elements)."""
+
+
+class CheckpointReader:
+    """One whole checkpoint. Tensors are read by byte range, when they are asked for."""
+
+    def __init__(self, uri: str, table: CheckpointTable, digest: str) -> None:
+        self.uri = f"{uri}/{folder_name(table.update)}"
+        self.update, self.meta, self.shapes = table.update, table.meta, table.shapes
+        self.optimizer_steps, self.loss_scaler = table.optimizer_steps, table.loss_scaler
+        self.digest = digest
+        """sha256 of checkpoint.json, which holds that of every file."""
+        self._storage = open_storage(self.uri)
+        self._pieces = _pieces(table)
+        self.kinds = {kind for _, kind in self._pieces}
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+        """A range of a flattened parameter: flat, fp32. Raises as `read_many` does."""
+        return next(self.read_many([(name, kind, start, numel)]))
+
+    def tensor(self, name: str, kind: str) -> Tensor:
+        """A whole parameter in its shape, fp32. Raises as `read_many` does."""
+        shape = self.shapes.get(name, ())
+        return self.read(name, kind, 0, math.prod(shape)).reshape(shape)
+
+    def read_many(self, wanted: Sequence[Range]) -> Iterator[Tensor]:
+        """Flat fp32 tensors in the order of `wanted`, many requests at a time.
+
+        Raises:
+            InputDataError: the checkpoint has no such parameter or kind, or a file is gone or cut off.
+        """
+        for batch in _batches(wanted):
+            ranges = [list(self._byte_ranges(*item)) for item in batch]
+            answers = iter(self._storage.read_ranges(list(itertools.chain(*ranges))))
+            for (name, kind, _, numel), parts in zip(batch, ranges, strict=True):
+                data = bytearray().join(itertools.islice(answers, len(parts)))
+                if len(data) != numel * _ELEMENT_BYTES:
+                    raise InputDataError(
+                        f"checkpoint: {self.uri} has {len(data)} of {numel * _ELEMENT_BYTES} bytes of {name}|{kind}; "
+                        "give another checkpoint"
+                    )
+                yield torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
+
+    def _byte_ranges(self, name: str, kind: str, start: int, numel: int) -> Iterator[tuple[str, int, int]]:
+        """(file, first byte, end) of all that a range consists of, in order, none above CHUNK_BYTES."""
+        if (name, kind) not in self._pieces:
+            raise InputDataError(
+                f"checkpoint: {self.uri} has no {kind} of {name}; it has {', '.join(sorted(self.kinds))} "
+                f"of {len(self.shapes)} parameters"
+            )
+        for file, piece in self._pieces[name, kind]:
+            first, end = max(start, piece.start), min(start + numel, piece.start + piece.numel)
+            step = CHUNK_BYTES // _ELEMENT_BYTES
+            for element in range(first, end, step):
+                offsets = (e - piece.start for e in (element, min(element + step, end)))
+                first_byte, end_byte = (piece.offset_bytes + _ELEMENT_BYTES * offset for offset in offsets)
+                yield file, first_byte, end_byte
+
+
+def open_checkpoint(uri: str, update: int | None = None) -> CheckpointReader | None:
+    """The checkpoint after `update`; by default the newest that is whole, or None when there is none at all.
+
+    Ranks may see different ones while another process writes: let one decide, and the others open that update.
+
+    Raises:
+        InputDataError: there is no such checkpoint or it is damaged; by default only if there are some and all are.
     """
-    folder = Path(tempfile.mkdtemp(prefix="train_state_"))
+    storage = open_storage(uri)
+    updates = list_checkpoints(uri)
+    if update is not None:
+        if update not in updates:
+            raise InputDataError(f"checkpoint: {storage.uri} has none of update {update}; it has {updates}")
+        return _opened(storage, update)
+    problems = []
+    for number in reversed(updates):
+        try:
+            return _opened(storage, number)
+        except InputDataError as error:
+            logger.warning("%s; the one before it is looked at", error)
+            problems.append(error)
+    if problems:
+        raise problems[0]
+    return None
+
+
+def list_checkpoints(uri: str) -> list[int]:
+    """Updates of all committed checkpoints, in order."""
+    return committed_updates(open_storage(uri).list("update_"))
+
+
+def committed_updates(names: Iterable[str]) -> list[int]:
+    """The same from a listing's names."""
+    folders = [folder for folder, _, file in (name.rpartition("/") for name in names) if file == COMMIT_NAME]
+    return sorted(update for folder in folders if (update := update_of(folder)) is not None)
+
+
+def folder_name(update: int) -> str:
+    return f"update_{update:08d}"
+
+
+def update_of(name: str) -> int | None:
+    """The update of a folder or of a file below it; None for what is no checkpoint's."""
+    number = name.partition("/")[0].removeprefix("update_")
+    return int(number) if number.isdecimal() else None
+
+
+def damage(table: CheckpointTable, sizes: Mapping[str, int]) -> str:
+    """What is wrong with a checkpoint whose folder has files of these sizes; empty when nothing is."""
+    for file in table.files:
+        if sizes.get(file.name) != file.size_bytes:
+            return f"{file.name} has {sizes.get(file.name, 0)} of {file.size_bytes} bytes"
+    pieces = _pieces(table)
+    for name, kind in itertools.product(table.shapes, {kind for _, kind in pieces}):
+        covered = 0
+        for _, piece in pieces.get((name, kind), ()):
+            if piece.start != covered:
+                return f"{name}|{kind} has a gap or an overlap at element {min(covered, piece.start)}"
+            covered += piece.numel
+        if covered != math.prod(table.shapes[name]):
+            return f"{name}|{kind} has {covered} of {math.prod(table.shapes[name])} elements"
+    return ""
+
+
+def _opened(storage: Storage, update: int) -> CheckpointReader:
+    folder = folder_name(update)
+    data = storage.read_bytes(f"{folder}/{COMMIT_NAME}")
     try:
-        engine.save_checkpoint(str(folder), tag=_TAG, client_state={"update": update}, exclude_frozen_parameters=True)
-        if average is not None:
-            torch.save(average.fragments, folder / _AVERAGE_FILE.format(rank=engine.global_rank))
-        ray.train.report(
-            {"update": update, **metrics},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"update_{update:08d}",
-        )
-        ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        table = CheckpointTable.model_validate_json(data)
+    except pydantic.ValidationError as error:
+        raise InputDataError(
+            f"checkpoint: {storage.uri}/{folder}/{COMMIT_NAME} is of another version, {error.error_count()} fields "
+            "cannot be read; give another checkpoint"
+        ) from error
+    sizes = {name.rpartition("/")[2]: size for name, size in storage.sizes(f"{folder}/").items()}
+    if problem := damage(table, sizes):
+        raise InputDataError(f"checkpoint: {storage.uri}/{folder} is damaged: {problem}; give another checkpoint")
+    return CheckpointReader(storage.uri, table, hashlib.sha256(data).hexdigest())
 
 
-def restore_train_state(engine: Any, *, average: ParameterAverage | None = None) -> int:
-    """The number of updates done: 0 in a fresh run, else the last committed checkpoint is loaded into `engine`."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        # Not strict: frozen parameters are not in the file.
-        path, client_state = engine.load_checkpoint(folder, tag=_TAG, load_module_strict=False)
-        assert path is not None, f"no {_TAG} in {checkpoint.path}"
-        if average is not None:
-            name = _AVERAGE_FILE.format(rank=engine.global_rank)
-            average.load(torch.load(Path(folder) / name, map_location="cpu", weights_only=True))
-    return int(client_state["update"])
+def _pieces(table: CheckpointTable) -> dict[tuple[str, str], list[tuple[str, Piece]]]:
+    """(parameter, kind) -> (file, piece) in the order of the elements."""
+    found: dict[tuple[str, str], list[tuple[str, Piece]]] = {}
+    for file in table.files:
+        for piece in file.pieces:
+            found.setdefault((piece.parameter, piece.kind), []).append((file.name, piece))
+    for pieces in found.values():
+        pieces.sort(key=lambda item: item[1].start)
+    return found
 
 
-def consolidated_parameters(engine: Any, average: ParameterAverage | None = None) -> dict[str, Tensor]:
-    """Every trained parameter whole, fp32 on the CPU, by its name in the module; {} on ranks other than 0.
-
-    From the fp32 master weights that the optimiser keeps, or from `average`. Frozen parameters are not included:
-    they are in the run's precision here, and exact in the model that the run started from. All ranks must call it.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    whole: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if average is not None:
-            value = average.whole(name, parameter)
-        else:
-            value = safe_get_full_fp32_param(parameter)
-            # Without ZeRO in fp32 there are no separate masters.
-            value = parameter.detach() if value is None else value
-        if engine.global_rank == 0:
-            whole[name] = value.to(device="cpu", dtype=torch.float32, copy=True)
-    return whole
-
-
-class ParameterAverage:
-    """Exponential moving average of the trained parameters, updated after every update.
-
-    Each rank averages the fragment of the fp32 master weights that its optimiser owns (ZeRO 0 to 2), so an average
-    costs memory once per cluster and no communication until it is read.
-    """
-
-    def __init__(self, engine: Any, max_decay: float) -> None:
-        self._masters = _owned_masters(engine)
-        self.max_decay = max_decay
-        self.fragments = {name: master.detach().clone() for name, master in self._masters.items()}
-
-    def step(self, update: int) -> None:
-        """Takes in the weights after `update` (counted from 1)."""
-        shadows = list(self.fragments.values())
-        if shadows:
-            torch._foreach_lerp_(shadows, list(self._masters.values()), 1 - average_decay(update, self.max_decay))
-
-    def whole(self, name: str, parameter: Tensor) -> Tensor:
-        """The average of one parameter, gathered from all ranks."""
-        mapping = getattr(parameter, "_hp_mapping", None)
-        if not hasattr(parameter, "_hp_mapping"):
-            return self.fragments[name]
-        gathered = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        if mapping is not None:
-            address = mapping.lp_fragment_address
-            gathered.narrow(0, address.start, address.numel).copy_(self.fragments[name])
-        torch.distributed.all_reduce(gathered)
-        return gathered.reshape(parameter.shape)
-
-    def load(self, fragments: dict[str, Tensor]) -> None:
-        """Restores what another process of this rank saved."""
-        assert fragments.keys() == self.fragments.keys(), fragments.keys() ^ self.fragments.keys()
-        for name, fragment in fragments.items():
-            self.fragments[name].copy_(fragment)
-
-
-def average_decay(update: int, max_decay: float) -> float:
-    """min((1 + s) / (10 + s), max_decay) with s = update - 1, and 0 up to the first: the average starts as the weights.
-
-    Source: FaithDiff/training_utils.py EMAModel.get_decay @ f11af6c; there it runs every 100th step only and is not
-    corrected for that.
-    """
-    step = update - 1
-    return 0.0 if step <= 0 else min((1 + step) / (10 + step), max_decay)
-
-
-def _owned_masters(engine: Any) -> dict[str, Tensor]:
-    """fp32 weights that this rank's optimiser updates, by parameter name: a flat fragment each, or the parameter."""
-    owned: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if not hasattr(parameter, "_hp_mapping"):
-            assert parameter.dtype == torch.float32, f"{name} has no fp32 master weights"
-            owned[name] = parameter.data
-        elif parameter._hp_mapping is not None:
-            owned[name] = parameter._hp_mapping.get_hp_fragment()
-    return owned
+def _batches(wanted: Sequence[Range]) -> Iterator[list[Range]]:
+    """Cut so that what is in memory at a time is a few hundred MiB, unless one range alone is more."""
+    batch, elements = list[Range](), 0
+    for item in wanted:
+        if batch and elements + item[3] > _BATCH_ELEMENTS:
+            yield batch
+            batch, elements = [], 0
+        batch.append(item)
+        elements += item[3]
+    if batch:
+        yield batch

@@ -184,7 +184,7 @@ def damage(table: CheckpointTable, sizes: Mapping[str, int]) -> str:
         if sizes.get(file.name) != file.size_bytes:
             return f"{file.name} has {sizes.get(file.name, 0)} of {file.size_bytes} bytes"
     pieces = _pieces(table)
-    for name, kind in itertools.product(table.shapes, {kind for _, kind in pieces}):
+    for name, kind in itertools.product(table.shapes, sorted({kind for _, kind in pieces})):
         covered = 0
         for _, piece in pieces.get((name, kind), ()):
             if piece.start != covered:

@@ -101,6 +101,7 @@ class TrainState:
         """Takes the weights after `update` (counted from 1) into the average; waits for nothing."""
         if not self._max_decay or update % self._average_every or not self.fragments:
             return
+        self._wait_for_copies()  # no optimiser step has, where fp16 skipped it
         parts = [part.tensors for part in self.fragments.values()]
         weights, averages = [part[WEIGHT] for part in parts], [part[AVERAGE] for part in parts]
         torch._foreach_lerp_(averages, weights, 1 - average_decay(update, self._max_decay))

@@ -22,6 +22,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sr_platform import train_state
 from sr_platform.checkpoint_writer import CheckpointWriter
 from sr_platform.checkpoints import CheckpointReader, open_checkpoint
 from sr_platform.errors import InputDataError
@@ -395,6 +396,17 @@ def test_a_snapshot_keeps_its_values_and_its_memory_is_used_again_after_it(state
     del first, second
     gc.collect()
     assert state.snapshot().fragments["scale"].tensors[WEIGHT].data_ptr() == place
+
+
+def test_a_snapshot_is_the_same_in_pieces_of_memory(state: TrainState, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_state, "_HOST_CHUNK_ELEMENTS", 40)
+    for part in state.fragments.values():
+        for tensor in part.tensors.values():
+            tensor.normal_()
+    copies = state.snapshot().fragments
+    assert copies.keys() == state.fragments.keys()
+    for name, part in state.fragments.items():
+        assert all(torch.equal(copies[name].tensors[kind], tensor) for kind, tensor in part.tensors.items())
 
 
 def test_a_checkpoint_without_an_average_starts_it_with_its_weights(

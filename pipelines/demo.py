@@ -216,14 +216,14 @@ def summary(places: Places, result: TrainResult, seconds: float) -> str:
         f"  look first    {places.picture('side_by_side')}",
         f"  pictures      {places.picture('lq')}  {places.picture('restored')}  {places.picture('hq')}",
         f"  shards        {places.shards}",
-        f"  model         {result.model_path}  ({result.model_uri})",
+        f"  model         {result.model_uri}  ({result.registered_uri})",
         f"  MLflow        {result.tracking_uri}",
         "",
         "The MLflow page:",
         f"  {_command('mlflow')} ui --backend-store-uri {result.tracking_uri} --port 5000",
         "Serve the model and restore a picture of yours:",
         f"  MLFLOW_TRACKING_URI={result.tracking_uri} \\",
-        f"    {_command('serve')} run --address local serve.app:build_app model={result.model_uri}",
+        f"    {_command('serve')} run --address local serve.app:build_app model={result.registered_uri}",
         "  curl -F picture=@photo.jpg -F scale=4 http://127.0.0.1:8000/v1/upscale -o restored.png",
         "",
         "The nano weights are untrained but for these few updates, so the picture is noise in the colours of the",
@@ -233,7 +233,7 @@ def summary(places: Places, result: TrainResult, seconds: float) -> str:
 
 
 def _serve_config(result: TrainResult, port: int) -> dict[str, object]:
-    application = {"name": "faithdiff", "import_path": "serve.app:build_app", "args": {"model": result.model_uri}}
+    application = {"name": "faithdiff", "import_path": "serve.app:build_app", "args": {"model": result.registered_uri}}
     return {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
 
 

@@ -131,7 +131,7 @@ def load_model(model: str, cfg: RestorerConfig) -> tuple[FaithDiffPipeline, Mode
     import torch
 
     from faithdiff import FaithDiffPipeline
-    from sr_platform.tracking import resolve_model
+    from sr_platform.model_registry import resolve_model
 
     start_s = time.perf_counter()
     source = resolve_model(model, cfg.cache_path)

@@ -19,7 +19,7 @@ from pipelines.training.recipe import StageConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
-_BUCKET_NUMEL = 200_000_000
+BUCKET_NUMEL = 200_000_000
 """Gradients that are reduced at once: 0.8 GB in fp32, twice with `overlap_comm`."""
 _PERSISTENT_NUMEL = 1_000_000
 """ZeRO 3 keeps parameters below this whole: all that SDXL has with 640 channels, a twentieth of its weights."""
@@ -60,8 +60,8 @@ def _zero_config(cfg: TrainConfig) -> dict[str, Any]:
         config |= {
             "contiguous_gradients": True,
             "overlap_comm": cfg.use_gpu,
-            "reduce_bucket_size": _BUCKET_NUMEL,
-            "allgather_bucket_size": _BUCKET_NUMEL,
+            "reduce_bucket_size": BUCKET_NUMEL,
+            "allgather_bucket_size": BUCKET_NUMEL,
         }
     if stage == 3:
         config["stage3_param_persistence_threshold"] = _PERSISTENT_NUMEL

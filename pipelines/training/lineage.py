@@ -7,11 +7,13 @@ import shutil
 import subprocess
 
 from sr_platform.cluster import REPOSITORY_PATH
+from sr_platform.model_registry import MANIFEST_DIGEST_TAG
 from sr_platform.shards import Manifest
-from sr_platform.tracking import MANIFEST_DIGEST_TAG
 
 
-def lineage_tags(*, manifest: Manifest, data_uri: str, recipe_digest: str, base_model: str) -> dict[str, str]:
+def lineage_tags(
+    *, manifest: Manifest, data_uri: str, recipe_digest: str, base_model: str, base_model_digest: str
+) -> dict[str, str]:
     """Tags of the runs and of the registered version."""
     tags = {
         MANIFEST_DIGEST_TAG: manifest.digest,
@@ -19,6 +21,7 @@ def lineage_tags(*, manifest: Manifest, data_uri: str, recipe_digest: str, base_
         "data_licences": json.dumps(manifest.licences),
         "recipe_digest": recipe_digest,
         "base_model": base_model,
+        "base_model_digest": base_model_digest,
     }
     commit = git_commit()
     return tags | ({"git_commit": commit} if commit else {})

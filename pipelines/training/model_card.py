@@ -11,13 +11,18 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
+from sr_platform.model_registry import MANIFEST_DIGEST_TAG
 from sr_platform.shards import Manifest, Source
-from sr_platform.tracking import MANIFEST_DIGEST_TAG
 
 CARD_NAME = "README.md"
 _SPECIAL = re.compile(r"([\\`*\[\]<>|])")
 _WEB_ADDRESS = re.compile(r"https?://[^\s<>|\\\"`]+")
 
+_RESULTS = {
+    "train/loss": "loss of the last update (mean absolute error of the noise)",
+    "train/loss_smoothed": "loss, about the last fifty updates",
+    "validation/psnr": "PSNR of the validation pictures, dB",
+}
 _LIMITS = """\
 - It invents plausible detail: a face, a text or a plate in the result is no evidence of what the camera saw.
 - It was trained to undo the degradations of its dataset's recipe, on crops of the size above; other damage may stay.
@@ -26,9 +31,17 @@ _LIMITS = """\
 
 
 def model_card(
-    manifest: Manifest, tags: Mapping[str, str], *, name: str, stages: Mapping[str, int], size_px: int
+    manifest: Manifest,
+    tags: Mapping[str, str],
+    *,
+    name: str,
+    stages: Mapping[str, int],
+    size_px: int,
+    metrics: Mapping[str, float] | None = None,
 ) -> str:
     """The card of the model `name`; `stages` are the stages it went through, with their updates.
+
+    `metrics` are the last ones of the run; only those that say something about the model are printed.
 
     Text of sources is data: it cannot end the front matter, break the table or become a link.
     """
@@ -43,6 +56,7 @@ def model_card(
             "",
             *_table(["what", "value"], _origin(manifest, tags, stages, size_px)),
             "",
+            *_results(metrics or {}),
             "## Sources and their terms",
             "",
             *_sources(manifest.sources),
@@ -72,6 +86,7 @@ def _origin(manifest: Manifest, tags: Mapping[str, str], stages: Mapping[str, in
     trained = ", then ".join(f"{stage} ({updates} updates)" for stage, updates in stages.items())
     rows = {
         "base model": tags["base_model"],
+        "base model digest": tags.get("base_model_digest", "unknown"),
         "training": f"{trained}, crops of {size_px} px",
         "samples": str(manifest.num_samples),
         "dataset digest": tags[MANIFEST_DIGEST_TAG],
@@ -80,6 +95,14 @@ def _origin(manifest: Manifest, tags: Mapping[str, str], stages: Mapping[str, in
         "git commit": tags.get("git_commit", "unknown"),
     }
     return [[what, _plain(value)] for what, value in rows.items()]
+
+
+def _results(metrics: Mapping[str, float]) -> list[str]:
+    rows = [[meaning, f"{metrics[key]:.4g}"] for key, meaning in _RESULTS.items() if key in metrics]
+    if not rows:
+        return []
+    note = "Measured while training, on its own pictures: they tell runs apart, not models of others."
+    return ["## Results of the last stage", "", *_table(["what", "value"], rows), "", note, ""]
 
 
 def _sources(sources: Sequence[Source]) -> list[str]:

@@ -13,11 +13,10 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from faithdiff.loss import Part
 from sr_platform.config import StrictConfig
 
 Stage = Literal["align", "encoder", "unified"]
-Part = Literal["alignment", "lq_encoder", "unet", "control"]
-"""What can be trained: alignment module, LQ encoder, SDXL's UNet, control branch."""
 
 _DEFAULT_PARTS: dict[Stage, tuple[Part, ...]] = {
     "align": ("alignment",),
@@ -216,6 +215,11 @@ class TrainConfig(StrictConfig):
             raise ValueError(
                 f"global_batch={self.global_batch} is not divisible by attention_group={self.attention_group}; "
                 "change one"
+            )
+        if self.alignment_attention != "model" and self.architecture.alignment == "sum":
+            raise ValueError(
+                f"alignment_attention={self.alignment_attention} needs an alignment module, and "
+                "architecture.alignment=sum has none; leave one out"
             )
         if self.stage == "encoder" and self.encoder is None:
             raise ValueError("stage=encoder needs the recipe's encoder stage; give encoder or another stage")

@@ -1,75 +1,68 @@
 """Batches -> updates: what one Ray Train worker does from start to end of a stage.
 
-Ray calls `train_loop_per_worker` on every rank, and again after a failure. The worker's current directory is one of
-Ray's, so every path that comes in is absolute.
+Ray calls `train_loop_per_worker` on every rank, and again after a failure, perhaps with another number of ranks. What
+it goes on from is the newest checkpoint in storage (sr_platform/checkpoints.py), whoever wrote it. The worker's current
+directory is one of Ray's, so every path that comes in is absolute.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import time
+import uuid
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
-from torch import Tensor
 
-from faithdiff.loss import FaithDiffForTraining, trained_parameters
+from faithdiff.loss import FaithDiffForTraining
 from faithdiff.pipeline import FaithDiffPipeline
-from faithdiff.schedule import alphas_cumprod
-from pipelines.training.batches import Batch, BatchSplit, CropConfig, MicroBatches, micro_batches
-from pipelines.training.deepspeed_config import initialize, learning_rate_factor
-from pipelines.training.inputs import FrozenModels, StoredInputs
-from pipelines.training.recipe import Stage, TrainConfig
-from sr_platform.checkpoints import (
-    ParameterAverage,
-    consolidated_parameters,
-    restore_train_state,
-    save_train_state,
-)
-from sr_platform.config import StrictConfig
+from pipelines.training.batch_split import BatchSplit
+from pipelines.training.batches import Batch, CropConfig, MicroBatches, micro_batches
+from pipelines.training.deepspeed_config import initialize, learning_rate_factor, set_learning_rate
+from pipelines.training.export import find_checkpoint
+from pipelines.training.guard import FiniteGuard
+from pipelines.training.inputs import FrozenModels
+from pipelines.training.leaving import Preemption
+from pipelines.training.memory_probe import fitting_micro_batch, random_inputs
+from pipelines.training.metrics import Reporter
+from pipelines.training.progress import Progress
+from pipelines.training.result import write_model
+from pipelines.training.stage_job import StageJob
+from pipelines.training.start_model import load_model, trainable_module
+from pipelines.training.throughput import flops_per_sample, measured_peak_flops
+from pipelines.training.validation import Validation
+from sr_platform.checkpoint_writer import CheckpointWriter
+from sr_platform.checkpoints import open_checkpoint
 from sr_platform.sample_reader import SampleReader
-from sr_platform.tracking import Metric, RunLog
+from sr_platform.train_state import TrainState
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+logger = logging.getLogger("pipelines.train")
 
 
-class StageJob(StrictConfig):
-    """One stage as the workers get it. Paths are absolute."""
+def train_loop_per_worker(values: dict[str, Any]) -> dict[str, Any]:
+    """Trains one stage and writes its model; what rank 0 returns is the result of the run.
 
-    train: TrainConfig
-    stage: Stage
-    model: str
-    """Folder or preset to start from."""
-    model_out: Path
-    """Folder of the trained model; it appears only when complete."""
-    model_version: str
-    """What the trained model calls itself in reports."""
-    tracking_uri: str
-    run_id: str
-    """MLflow run of this stage, which exists already."""
-    stored: StoredInputs = StoredInputs()
-    """What the dataset holds ready for the model."""
-
-
-@dataclass
-class Progress:
-    """What happened since the last look; losses stay on the device until then."""
-
-    losses: list[Tensor] = field(default_factory=list)
-    started_s: float = field(default_factory=time.monotonic)
-
-
-def train_loop_per_worker(values: dict[str, Any]) -> dict[str, float]:
-    """Trains one stage and writes its model; rank 0's last metrics come back as the result of the run."""
-    job = StageJob.model_validate(values)
-    worker = Worker(job)
-    metrics = worker.run()
-    worker.write_model()
-    return metrics
+    Returns:
+        {"metrics": ..., "pending_log": ...}, with an "error" where training stopped on all ranks alike: from the same
+        checkpoint it would end the same way again, and Ray tries again after whatever is raised.
+    """
+    worker, result = Worker(StageJob.model_validate(values)), dict[str, Any]()
+    try:
+        result["metrics"] = worker.run()
+        worker.write_model()
+    except FloatingPointError as error:
+        result["error"] = str(error)
+    finally:
+        result["pending_log"] = worker.close()
+    return result
 
 
 class Worker:
@@ -77,128 +70,202 @@ class Worker:
 
     def __init__(self, job: StageJob) -> None:
         cfg, context = job.train, ray.train.get_context()
-        self.job, self.cfg, self.stage = job, cfg, cfg.stage_config(job.stage)
-        self.rank, world_size = context.get_world_rank(), context.get_world_size()
-        self.split = BatchSplit.derive(cfg.global_batch, world_size, cfg.max_micro_batch)
-        device = ray.train.torch.get_device()
+        self.job, self.cfg, self.stage = job, cfg, job.config
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
         if cfg.use_gpu:
             torch.set_float32_matmul_precision("high")
         # Stages see other crops and other noise of the same pictures.
-        seed = zlib.crc32(f"{cfg.seed} {job.stage}".encode())
-        crop = CropConfig(size_px=cfg.size_px, caption_dropout=cfg.caption_dropout)
-        reader, reads = SampleReader(cfg.data, cfg.data_cache), job.stored.reads
-        self.data = MicroBatches(reader, self.split, rank=self.rank, seed=seed, crop=crop, reads=reads)
-        pipeline = load_model(job)
-        dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+        self.seed = zlib.crc32(f"{cfg.seed} {job.stage}".encode())
+        pipeline = load_model(job.model, cfg.architecture)
+        module = trainable_module(pipeline, cfg, job.stage)
+        self.validation = self._validation(pipeline)
         self.frozen = FrozenModels(
-            pipeline, device=device, dtype=dtype, seed=seed, noise_offset=cfg.noise_offset, stored=job.stored
+            pipeline,
+            device=self.device,
+            dtype=_DTYPES[cfg.precision],
+            seed=self.seed,
+            noise_offset=cfg.noise_offset,
+            stored=job.stored,
         )
-        self.engine = initialize(trainable_module(pipeline, job), cfg, self.stage, self.split)
-        self.average = ParameterAverage(self.engine, cfg.average_decay) if cfg.average_decay else None
-        self.log = RunLog(job.tracking_uri, job.run_id) if self.rank == 0 else None
+        self.split = self._split(module)
+        self.data = self._data()
+        self.reporter = self._reporter(module)
+        self.engine = initialize(module, cfg, self.stage, self.split)
+        self.guard = FiniteGuard(self.engine, loss_scale_floor=cfg.loss_scale.floor)
+        self.state = TrainState(
+            self.engine, average_decay=cfg.average_decay, average_every_updates=cfg.average_every_updates
+        )
+        self.writer = self._writer()
+        self.preemption = Preemption()
+
+    def _split(self, module: FaithDiffForTraining) -> BatchSplit:
+        cfg, group = self.cfg, self._samples_together
+        largest = cfg.max_micro_batch
+        if cfg.probe_memory:
+            largest = fitting_micro_batch(
+                module, cfg, device=self.device, world_size=self.world_size, multiple_of=group
+            )
+        return BatchSplit.derive(cfg.global_batch, self.world_size, largest, multiple_of=group)
+
+    @property
+    def _samples_together(self) -> int:
+        return self.cfg.attention_group if self.cfg.alignment_attention == "batch" else 1
+
+    def _data(self) -> MicroBatches:
+        cfg = self.cfg
+        return MicroBatches(
+            SampleReader(cfg.data, cfg.data_cache),
+            self.split,
+            rank=self.rank,
+            seed=self.seed,
+            crop=CropConfig(size_px=cfg.size_px, caption_dropout=cfg.caption_dropout),
+            reads=self.job.stored.reads,
+            mixture={} if cfg.mixture == "proportional" else None,
+        )
+
+    def _validation(self, pipeline: FaithDiffPipeline) -> Validation | None:
+        cfg = self.cfg.validation
+        if cfg is None:
+            return None
+        reader, uri = SampleReader(cfg.data or self.cfg.data), f"{self.cfg.out}/validation/{self.job.stage}"
+        return Validation(cfg, uri, reader, pipeline, rank=self.rank, world_size=self.world_size)
+
+    def _reporter(self, module: FaithDiffForTraining) -> Reporter | None:
+        if self.rank != 0:
+            return None
+        cpu = torch.device("cpu")
+        inputs = random_inputs(module, self._samples_together, size_px=self.cfg.size_px, device=cpu)
+        peak_flops = measured_peak_flops(self.device, _DTYPES[self.cfg.precision])
+        return Reporter(self.job, self.split, flops_per_sample(module, inputs), peak_flops)
+
+    def _writer(self) -> CheckpointWriter:
+        cfg = self.cfg
+        return CheckpointWriter(
+            self.job.checkpoints,
+            rank=self.rank,
+            world_size=self.world_size,
+            attempt=_shared_name(),
+            keep=cfg.keep_checkpoints,
+            keep_every_updates=cfg.keep_every_updates,
+        )
+
+    @property
+    def _last(self) -> int:
+        return self.cfg.last_update(self.job.stage)
 
     def run(self) -> dict[str, float]:
         """Every update from the last checkpoint to the end of the stage; returns the last metrics."""
-        first, last = restore_train_state(self.engine, average=self.average), self.cfg.last_update(self.job.stage)
+        first, last = self._restore(), self._last
         batches = micro_batches(self.data, first, last, num_workers=self.cfg.data_workers)
-        progress, metrics = Progress(), dict[str, float]()
+        progress = self._progress()
         for update in range(first + 1, last + 1):
-            progress.losses.append(self._update(batches))
-            if self.average is not None:
-                self.average.step(update)
+            self._update(update, batches, progress)
             is_checkpoint = update % self.cfg.checkpoint_every_updates == 0 or update == last
-            if is_checkpoint or update % self.cfg.log_every_updates == 0:
-                metrics = self._look(update, progress)
-                progress = Progress()
-            if is_checkpoint:
-                save_train_state(self.engine, update=update, metrics=metrics, average=self.average)
-                progress = Progress()
-        return metrics
+            is_validation = self.validation is not None and self.validation.is_due(update, last)
+            if is_checkpoint or is_validation or update % self.cfg.log_every_updates == 0:
+                self._look(update, progress)
+                self._pause(update, is_checkpoint=is_checkpoint, is_validation=is_validation)
+                progress = self._progress()
+        self.writer.wait()
+        return self.reporter.latest if self.reporter else {}
 
-    def write_model(self) -> None:
-        """The whole model as a folder, in fp32: what was trained from here, all else from where the run started."""
-        average = self.average if self.cfg.export == "averaged" else None
-        trained = consolidated_parameters(self.engine, average)
-        if self.rank != 0:
-            return
-        pipeline = load_model(self.job)
-        module = trainable_module(pipeline, self.job)
-        expected = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-        assert trained.keys() == expected, sorted(trained.keys() ^ expected)
-        module.load_state_dict(trained, strict=False)
-        pipeline.model_version = self.job.model_version
-        pipeline.save_pretrained(self.job.model_out)
+    def _pause(self, update: int, *, is_checkpoint: bool, is_validation: bool) -> None:
+        """What is done between two updates, outside the time that updates are said to take."""
+        is_leaving = self.preemption.is_announced()
+        if is_validation and not is_leaving:
+            self._validate(update)
+        if is_checkpoint or is_leaving:
+            self._save(update)
+        if is_leaving:
+            self.writer.wait()
+            self.preemption.leave(update)
 
-    def _update(self, batches: Iterator[Batch]) -> Tensor:
-        """One optimiser update; returns this rank's mean loss, which nothing has waited for."""
-        losses = []
+    def _progress(self) -> Progress:
+        return Progress(self.split, self.frozen.num_train_timesteps)
+
+    def _update(self, update: int, batches: Iterator[Batch], progress: Progress) -> None:
+        """One optimiser update, which nothing waits for."""
+        stage = self.stage
+        factor = learning_rate_factor(update - 1, warmup_updates=stage.warmup_updates, num_updates=stage.num_updates)
+        set_learning_rate(self.engine, factor)
         for _ in range(self.split.accumulation):
-            inputs = self.frozen.encode(next(batches))
-            loss = self.engine(inputs.latents, inputs.draws, inputs.conditions)
-            self.engine.backward(loss)
+            asked_s = time.monotonic()
+            batch = next(batches)
+            progress.data_wait_s += time.monotonic() - asked_s
+            inputs = self.frozen.encode(batch)
+            losses = self.engine(inputs.latents, inputs.draws, inputs.conditions)
+            weights = batch.weights.to(losses.device, non_blocking=True)
+            loss = (losses * weights).sum() * self.split.loss_scale
+            self.engine.backward(self.guard.poisoned(loss))
             self.engine.step()
-            losses.append(loss.detach())
-        return torch.stack(losses).mean()
+            progress.add(losses.detach(), inputs.draws.timesteps, weights)
+        self.guard.updated(update)
+        self.state.average_step(update)
 
-    def _look(self, update: int, progress: Progress) -> dict[str, float]:
-        """Metrics of the updates since the last look, in MLflow, after a check that every loss was finite.
+    def _look(self, update: int, progress: Progress) -> None:
+        """Metrics of the updates since the last look, after a check that every one of them was finite.
 
         Raises:
-            FloatingPointError: some loss was not; on all ranks alike, and before a checkpoint could hold its weights.
+            FloatingPointError: some loss or gradient was not; on all ranks alike, and no weight has taken it in.
         """
-        stacked = torch.stack(progress.losses).float()
-        torch.distributed.all_reduce(stacked)
-        losses = (stacked / self.split.world_size).tolist()
-        first = update - len(losses) + 1
-        self._check_finite(first, losses)
-        seconds = time.monotonic() - progress.started_s
-        latest = {
-            "train/loss": losses[-1],
-            "train/lr": self._learning_rate(update),
-            "train/grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
-            "train/samples_per_s": len(losses) * self.split.global_batch / seconds,
-            "train/updates_per_s": len(losses) / seconds,
-        }
-        if self.log is not None:
-            curve = [Metric("train/loss", loss, first + i) for i, loss in enumerate(losses[:-1])]
-            curve += [Metric("train/lr", self._learning_rate(u), u) for u in range(first, update)]
-            self.log.log(curve + [Metric(key, value, update) for key, value in latest.items()])
-            self.log.log([Metric("train/updates", update, update)])
-        return latest
+        look, skipped = progress.look(), self.guard.check()
+        if skipped:
+            self._stop(skipped[0], look.losses[skipped[0] - update - 1])
+        if self.reporter is not None:
+            self.reporter.look(update, look, self.engine)
 
-    def _learning_rate(self, update: int) -> float:
-        """Of the alignment module and UNet in update number `update`, counted from 1."""
-        stage = self.stage
-        return stage.learning_rate * learning_rate_factor(
-            update - 1, warmup_updates=stage.warmup_updates, num_updates=stage.num_updates
-        )
+    def _stop(self, update: int, loss: float) -> NoReturn:
+        what = f"the loss of update {update} of stage {self.job.stage} is {loss:g}"
+        if math.isfinite(loss):
+            what = f"a gradient of update {update} of stage {self.job.stage} is not finite"
+        keys = ", ".join(self.data.keys_of_update(update - 1))
+        raise FloatingPointError(f"train: {what}; no weight has taken it in. Samples of the update: {keys}")
 
-    def _check_finite(self, first: int, losses: list[float]) -> None:
-        for update, loss in enumerate(losses, start=first):
-            if loss - loss != 0:
-                start = (update - 1) * self.split.global_batch
-                numbers = range(start, start + self.split.global_batch)
-                keys = [self.data.reader.keys[self.data.order.index(n)] for n in numbers]
-                raise FloatingPointError(
-                    f"train: the loss of update {update} of stage {self.job.stage} is {loss} "
-                    f"(learning rate {self._learning_rate(update):.3g}); no checkpoint holds its weights. "
-                    f"Samples of the update: {', '.join(keys)}"
-                )
+    def _save(self, update: int) -> None:
+        """Hands a copy of this rank's state to the writer, which works in the background."""
+        started_s = time.monotonic()
+        meta = {**self.job.lineage, "account": self.reporter.state()} if self.reporter else {}
+        self.writer.save(update, self.state.snapshot(), meta)
+        if self.reporter is not None:
+            self.reporter.checkpoint(update, time.monotonic() - started_s)
+
+    def _restore(self) -> int:
+        """The number of updates done: those of the stage's newest checkpoint, of the one to resume from, or 0."""
+        found = open_checkpoint(self.job.checkpoints)
+        if found is None and self.job.resume_from is not None:
+            found = find_checkpoint(self.job.resume_from)
+            assert found is not None, self.job.resume_from
+        if found is None:
+            return 0
+        self.state.load(found)
+        if self.reporter is not None:
+            self.reporter.restore(found.meta["account"])
+        logger.info("stage %s goes on after update %d", self.job.stage, found.update)
+        return found.update
+
+    def _validate(self, update: int) -> None:
+        """Restores the fixed pictures with the weights of now, on all ranks together."""
+        assert self.validation is not None
+        result = self.validation.run(update, self.engine.module)
+        if self.reporter is not None:
+            self.reporter.validation(update, result.metrics, result.pictures)
+
+    def write_model(self) -> None:
+        """Rank 0 publishes the trained model, from the last checkpoint."""
+        if self.reporter is not None:
+            reader = open_checkpoint(self.job.checkpoints)
+            assert reader is not None
+            write_model(self.job, reader, self.reporter.latest)
+
+    def close(self) -> list[dict[str, Any]]:
+        """Returns what the tracking server has not taken yet."""
+        self.writer.close()
+        return self.reporter.close() if self.reporter is not None else []
 
 
-def load_model(job: StageJob) -> FaithDiffPipeline:
-    """The model that the stage starts from, in fp32 on the CPU."""
-    pipeline = FaithDiffPipeline.from_pretrained(job.model)
-    if job.train.alignment_attention != "model":
-        pipeline.unet.set_alignment_attention(job.train.alignment_attention)
-    return pipeline
-
-
-def trainable_module(pipeline: FaithDiffPipeline, job: StageJob) -> FaithDiffForTraining:
-    """UNet and LQ encoder of `pipeline` as one module in which only what the stage trains has gradients."""
-    module = FaithDiffForTraining(pipeline.unet, pipeline.lq_encoder, alphas_cumprod(pipeline.scheduler.config))
-    trained_parameters(module, job.stage)
-    if job.train.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-        pipeline.lq_encoder.enable_gradient_checkpointing()
-    return module
+def _shared_name() -> str:
+    """A name of this attempt that all ranks agree on."""
+    names = [uuid.uuid4().hex[:8]]
+    torch.distributed.broadcast_object_list(names, src=0)
+    return names[0]

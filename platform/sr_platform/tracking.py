@@ -31,11 +31,7 @@ from sr_platform.mlflow_client import (
     patiently,
     public_uri,
 )
-from sr_platform.model_registry import MANIFEST_DIGEST_TAG, MODEL_DIGEST_TAG, MODEL_URI_TAG, local_path, resolve_model
-from sr_platform.run_log import Metric, RunLog
-
-# Until everybody imports them from where they are.
-__all__ = ["MANIFEST_DIGEST_TAG", "Metric", "RunLog", "Tracking", "flatten", "resolve_model", "tracking_uri"]
+from sr_platform.model_registry import MODEL_DIGEST_TAG, MODEL_URI_TAG, local_path
 
 _START_TAG = "start_id"
 _MAX_PARAMS_PER_CALL = 100
@@ -138,9 +134,6 @@ class Tracking:
             version = self._call(lambda client: _create_version(client, name, source, run_id, told))
         self._call(lambda client: client.set_registered_model_alias(name, alias, version))
         return version
-
-    def register_folder(self, folder: Path, *, name: str, alias: str, run_id: str, tags: Mapping[str, str]) -> str:
-        return self.register_model(str(folder), name=name, alias=alias, run_id=run_id, digest="", tags=tags)
 
     def _place(self, uri: str, run_id: str) -> str:
         """Where everybody who reads the registry finds the model, which is uploaded only where it must be."""

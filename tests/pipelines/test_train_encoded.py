@@ -24,11 +24,12 @@ from pipelines.training.batch_split import BatchSplit
 from pipelines.training.batches import CropConfig, MicroBatches
 from pipelines.training.inputs import FrozenModels, StoredInputs, find_stored_inputs
 from pipelines.training.recipe import TrainConfig
+from pipelines.training.request import check_request
 from sr_platform.config import load_config
 from sr_platform.errors import InputDataError
 from sr_platform.publication import commit_dataset, publish_shard
 from sr_platform.sample_reader import SampleReader
-from sr_platform.shards import Source
+from sr_platform.shards import Source, read_manifest
 from sr_platform.storage import open_storage
 from sr_platform.tracking import Tracking
 
@@ -164,26 +165,18 @@ def losses_of(
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from pipelines.training.updates import StageJob, train_loop_per_worker
+    from pipelines.training.stages import stage_job
+    from pipelines.training.updates import train_loop_per_worker
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     runs = Tracking.open(default_path=tmp_path, experiment="encoded")
 
     def run(uri: str) -> list[float]:
-        request = job.check_request(config("--data", uri, "--num-workers", "1", "--out", str(tmp_path / "out")))
-        name = hashlib.sha256(uri.encode()).hexdigest()
-        run_id = runs.start(name, params={}, tags={})
-        stage_job = StageJob(
-            train=request.cfg,
-            stage="align",
-            model=request.model,
-            model_out=tmp_path / name,
-            model_version="test",
-            tracking_uri=runs.uri,
-            run_id=run_id,
-            stored=request.stored,
-        )
-        values, alone = stage_job.model_dump(mode="json"), ScalingConfig(num_workers=0)
+        out = tmp_path / hashlib.sha256(uri.encode()).hexdigest()
+        request = check_request(config("--data", uri, "--num-workers", "1", "--stage", "align", "--out", str(out)))
+        run_id = runs.start("align", params={}, tags={})
+        started = stage_job(request, "align", request.model, request.model_digest, tracking_uri=runs.uri, run_id=run_id)
+        values, alone = started.model_dump(mode="json"), ScalingConfig(num_workers=0)
         TorchTrainer(train_loop_per_worker, train_loop_config=values, scaling_config=alone).fit()
         history = MlflowClient(runs.uri).get_metric_history(run_id, "train/loss")
         return [m.value for m in sorted(history, key=lambda m: m.step)]
@@ -199,14 +192,11 @@ def test_the_loss_curve_is_that_of_training_without_encodings(losses_of, plain, 
     assert len(expected) == 4
 
 
-def test_a_trained_model_gets_its_card_once(plain, tmp_path: Path) -> None:
-    request = job.check_request(config("--data", plain, "--out", str(tmp_path / "out"), "--registered-model", "tiny"))
-    job.write_card(request, "unified", tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert "# tiny (unified)" in card
+def test_a_trained_model_gets_the_card_of_its_data_and_stages(losses_of, plain, tmp_path: Path) -> None:
+    losses_of(plain)
+    (path,) = tmp_path.glob("*/models/align/README.md")
+    card = path.read_text()
+    assert "# faithdiff-nano (align)" in card
     assert "| own | CC0 | Be kind. |" in card
-    assert "align (4 updates), then unified (2 updates), crops of 32 px" in card
-    assert request.manifest.digest in card
-    (tmp_path / "README.md").write_text("mine")
-    job.write_card(request, "unified", tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert "align (4 updates), crops of 32 px" in card
+    assert read_manifest(plain).digest in card

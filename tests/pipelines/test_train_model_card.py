@@ -92,3 +92,13 @@ def test_text_of_a_source_stays_text(text: str) -> None:
     assert unescaped.count("|") == 7
     for opening in "[<`":
         assert all(before == "\\" for before, char in zip(" " + row, row, strict=False) if char == opening)
+
+
+def test_results_of_the_run_are_told_with_what_they_mean() -> None:
+    metrics = {"train/loss": 0.125, "validation/psnr": 21.5, "perf/tflops": 3.0}
+    text = model_card(manifest(), TAGS, name="tiny", stages={"align": 8}, size_px=64, metrics=metrics)
+    _, body = parts(text)
+    assert cells(body, "PSNR of the validation pictures, dB") == ["PSNR of the validation pictures, dB", "21.5"]
+    assert "| 0.125 |" in body
+    assert "tflops" not in body
+    assert "## Results" not in card()

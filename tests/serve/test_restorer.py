@@ -13,7 +13,8 @@ from faithdiff.errors import InputError
 from serve.form import UpscaleRequest
 from serve.restorer import Busy, Restorer, RestorerConfig
 from sr_platform.errors import RequestError
-from sr_platform.tracking import MANIFEST_DIGEST_TAG, Tracking, tracking_uri
+from sr_platform.model_registry import MANIFEST_DIGEST_TAG
+from sr_platform.tracking import Tracking, tracking_uri
 
 PRESET_PATH = Path(faithdiff.__file__).parent / "presets" / "nano"
 
@@ -89,7 +90,9 @@ async def test_a_registered_model_brings_its_version_and_the_digest_of_its_data(
     tracking = Tracking.open(default_path=tmp_path, experiment="test")
     run_id = tracking.start("train", params={}, tags={})
     tags = {MANIFEST_DIGEST_TAG: "sha256:abc"}
-    tracking.register_folder(PRESET_PATH, name="faithdiff-nano", alias="champion", run_id=run_id, tags=tags)
+    tracking.register_model(
+        str(PRESET_PATH), name="faithdiff-nano", alias="champion", run_id=run_id, digest="", tags=tags
+    )
     restorer = Restorer("models:/faithdiff-nano@champion", RestorerConfig(cache_path=tmp_path / "cache"))
     restored = await restorer.restore(picture, QUICK)
     assert restored.model.version == restored.report["model_version"] == "faithdiff-nano/1"

@@ -262,7 +262,9 @@ def report(cfg: AblateConfig, accounts: Sequence[Account]) -> str:
             _LIMITS[cfg.base],
             "",
             "All rows saw the same samples, noise and timesteps in update n of a stage. The loss is the mean absolute "
-            f"error of the noise, smoothed over about fifty updates; beside it, what it is above or below {REFERENCE}.",
+            f"error of the noise, smoothed over about fifty updates; beside it, what it is above or below {REFERENCE}. "
+            "Stages are of equal length, trainings are not: no_pretraining has one stage less than the others, and "
+            "separate one more, which by itself lowers its loss.",
             "",
             comparison_table(accounts, REFERENCE),
             "",

@@ -1,39 +1,31 @@
-"""A node's notice that it will go -> checkpoint, then leave, before it is taken away."""
+"""A node's notice that it will go (spot reclaim, drain) -> checkpoint, then leave, before it is taken away.
+
+All ranks return once the checkpoint counts, and the driver starts the stage again: Ray places nothing on a node that is
+being drained. To wait until the node is gone, as Ray Train would, costs the rest of the notice; to end with an error
+counts as a failure of the training.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
 
-import ray
 import ray.train
 
 logger = logging.getLogger("pipelines.train")
 
 
-class Preemption:
-    """Whether a node of this run is about to be reclaimed (spot notice, drain); all ranks must ask together."""
+class Leaving(Exception):  # noqa: N818 - no error: the way out of the loop, on all ranks alike
+    """The checkpoint of `update` is committed and a node is about to go."""
 
-    def __init__(self) -> None:
-        self._info: ray.train.PreemptionInfo | None = None
+    def __init__(self, update: int) -> None:
+        super().__init__(f"left after update {update}")
+        self.update = update
 
-    def is_announced(self) -> bool:
-        """True once for every notice."""
-        info = ray.train.get_preemption_info()
-        if info is None or info == self._info:
-            return False
-        self._info = info
-        return True
 
-    def leave(self, update: int) -> None:
-        """Ends this process if its node is the one that goes; the rest of the run starts again without it.
-
-        Call it once the checkpoint is committed. Ray counts the death of a worker on a draining node as a preemption,
-        not as a failure, and does not wait for the notice to run out.
-        """
-        assert self._info is not None
-        node_id = ray.get_runtime_context().get_node_id()
-        logger.warning("node %s will go; update %d is safe", ", ".join(self._info.preempted_node_ids), update)
-        if node_id in self._info.preempted_node_ids:
-            logging.shutdown()
-            os._exit(0)
+def is_told_to_leave() -> bool:
+    """Whether a node of this run is about to be taken away; all ranks must ask together."""
+    notice = ray.train.get_preemption_info()
+    if notice is None:
+        return False
+    logger.warning("node %s is about to go", ", ".join(notice.preempted_node_ids))
+    return True

@@ -37,6 +37,10 @@ def run_stage(
         log = RunLog(runs.uri, run_id)
         with progress_bar(log, stage, cfg.last_update(stage)):
             result = fit(job)
+            while "left_after" in result:
+                logger.info("stage %s left a node after update %d", stage, result["left_after"])
+                log.restore(result["pending_log"])
+                result = fit(job)
         deliver(log, result["pending_log"])
         if "error" in result:
             raise FloatingPointError(result["error"])

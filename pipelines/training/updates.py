@@ -28,7 +28,7 @@ from pipelines.training.deepspeed_config import initialize, learning_rate_factor
 from pipelines.training.export import find_checkpoint
 from pipelines.training.guard import FiniteGuard
 from pipelines.training.inputs import FrozenModels
-from pipelines.training.leaving import Preemption
+from pipelines.training.leaving import Leaving, is_told_to_leave
 from pipelines.training.memory_probe import fitting_micro_batch, random_inputs
 from pipelines.training.metrics import Reporter
 from pipelines.training.progress import Progress
@@ -51,13 +51,16 @@ def train_loop_per_worker(values: dict[str, Any]) -> dict[str, Any]:
     """Trains one stage and writes its model; what rank 0 returns is the result of the run.
 
     Returns:
-        {"metrics": ..., "pending_log": ...}, with an "error" where training stopped on all ranks alike: from the same
+        {"metrics": ..., "pending_log": ...}. Instead of metrics "left_after" an update, where a node is about to go and
+        the stage must be started again; or an "error", where training stopped on all ranks alike: from the same
         checkpoint it would end the same way again, and Ray tries again after whatever is raised.
     """
     worker, result = Worker(StageJob.model_validate(values)), dict[str, Any]()
     try:
         result["metrics"] = worker.run()
         worker.write_model()
+    except Leaving as leaving:
+        result["left_after"] = leaving.update
     except FloatingPointError as error:
         result["error"] = str(error)
     finally:
@@ -97,7 +100,6 @@ class Worker:
             self.engine, average_decay=cfg.average_decay, average_every_updates=cfg.average_every_updates
         )
         self.writer = self._writer()
-        self.preemption = Preemption()
 
     def _split(self, module: FaithDiffForTraining) -> BatchSplit:
         cfg, group = self.cfg, self._samples_together
@@ -172,14 +174,14 @@ class Worker:
 
     def _pause(self, update: int, *, is_checkpoint: bool, is_validation: bool) -> None:
         """What is done between two updates, outside the time that updates are said to take."""
-        is_leaving = self.preemption.is_announced()
+        is_leaving = is_told_to_leave()
         if is_validation and not is_leaving:
             self._validate(update)
         if is_checkpoint or is_leaving:
             self._save(update)
         if is_leaving:
             self.writer.wait()
-            self.preemption.leave(update)
+            raise Leaving(update)
 
     def _progress(self) -> Progress:
         return Progress(self.split, self.frozen.num_train_timesteps)
@@ -225,6 +227,8 @@ class Worker:
     def _save(self, update: int) -> None:
         """Hands a copy of this rank's state to the writer, which works in the background."""
         started_s = time.monotonic()
+        # The copy before must be written first, or two of them would fill the memory.
+        self.writer.wait()
         meta = {**self.job.lineage, "account": self.reporter.state()} if self.reporter else {}
         self.writer.save(update, self.state.snapshot(), meta)
         if self.reporter is not None:
@@ -232,17 +236,25 @@ class Worker:
 
     def _restore(self) -> int:
         """The number of updates done: those of the stage's newest checkpoint, of the one to resume from, or 0."""
-        found = open_checkpoint(self.job.checkpoints)
-        if found is None and self.job.resume_from is not None:
-            found = find_checkpoint(self.job.resume_from)
-            assert found is not None, self.job.resume_from
-        if found is None:
+        uris = [self._newest_checkpoint() if self.rank == 0 else ""]
+        # A process of a lost attempt may still commit one: all ranks take the one that rank 0 has seen.
+        torch.distributed.broadcast_object_list(uris, src=0)
+        if not uris[0]:
             return 0
+        found = find_checkpoint(uris[0])
+        assert found is not None
         self.state.load(found)
         if self.reporter is not None:
             self.reporter.restore(found.meta["account"])
         logger.info("stage %s goes on after update %d", self.job.stage, found.update)
         return found.update
+
+    def _newest_checkpoint(self) -> str:
+        """URI of what to go on from; "" for a start from nothing."""
+        found = open_checkpoint(self.job.checkpoints)
+        if found is None and self.job.resume_from is not None:
+            found = find_checkpoint(self.job.resume_from)
+        return found.uri if found is not None else ""
 
     def _validate(self, update: int) -> None:
         """Restores the fixed pictures with the weights of now, on all ranks together."""

@@ -31,7 +31,7 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": health})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": health})
     for _ in range(2):
         made.add_node(num_cpus=1)
     yield made

@@ -31,6 +31,8 @@ def deepspeed_config(cfg: TrainConfig, split: BatchSplit) -> dict[str, Any]:
         # Not train_batch_size: slots without a sample may make it larger than the global batch.
         "train_micro_batch_size_per_gpu": split.micro_batch,
         "gradient_accumulation_steps": split.accumulation,
+        # Under ZeRO 0 the optimiser clips, see `clip_and_skip_on_device`; left out, DeepSpeed would clip at 1.
+        "gradient_clipping": cfg.optimizer.max_grad_norm if zero_stage(cfg) else 0.0,
         "zero_optimization": _zero_config(cfg),
         "zero_allow_untested_optimizer": True,
         # Its own optimiser for offloading wants a compiler; torch's fused AdamW runs on CPUs too.
@@ -40,8 +42,6 @@ def deepspeed_config(cfg: TrainConfig, split: BatchSplit) -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "steps_per_print": 2**31,
     }
-    if zero_stage(cfg):
-        config["gradient_clipping"] = cfg.optimizer.max_grad_norm
     return _merged(config | _precision_config(cfg), cfg.deepspeed)
 
 
@@ -58,7 +58,8 @@ def _zero_config(cfg: TrainConfig) -> dict[str, Any]:
     config: dict[str, Any] = {"stage": stage}
     if stage:
         config |= {
-            "contiguous_gradients": True,
+            # Neither saves anything on a CPU, where the buffer of the first is the dearest part of an update.
+            "contiguous_gradients": cfg.use_gpu,
             "overlap_comm": cfg.use_gpu,
             "reduce_bucket_size": BUCKET_NUMEL,
             "allgather_bucket_size": BUCKET_NUMEL,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
@@ -82,6 +83,7 @@ def recipe(**values: Any) -> TrainConfig:
 
 def run_engine(stage: str, values: dict[str, Any], num_updates: int = NUM_UPDATES) -> dict[str, Any]:
     """On each rank: trains, and returns losses by update, final weights and first moments after one update."""
+    get_accelerator().is_fp16_supported = lambda: True  # DeepSpeed allows it on GPUs only
     cfg, world_size = recipe(**values), torch.distributed.get_world_size()
     split = BatchSplit.derive(GLOBAL_BATCH, world_size, cfg.max_micro_batch)
     module = training_module(stage, checkpointing=cfg.gradient_checkpointing)
@@ -181,6 +183,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_micro_batch": 2,
         "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
     },
+    "zero 2 as on a GPU": {
+        "zero_stage": 2,
+        "max_micro_batch": 2,
+        "deepspeed": {"zero_optimization": {"contiguous_gradients": True, "overlap_comm": True}},
+    },
     "offloading": {"offload_optimizer": True},
     "offloading, zero 3": {"offload_optimizer": True, "zero_stage": 3},
     "gradient checkpointing": {"gradient_checkpointing": True},
@@ -203,18 +210,23 @@ def test_bf16_sums_in_fp32_so_ranks_and_micro_batches_hardly_matter(two_ranks: A
     assert distance(coarse["moments"], fine["moments"]) < distance(coarse["moments"], exact["moments"]) < 5e-2
 
 
-def first_update(zero_stage: int) -> bool:
-    """On each rank: whether an update at learning rate 0 left the weights and still gathered moments."""
-    result = run_engine("align", {"zero_stage": zero_stage}, 1)
+def first_update(values: dict[str, Any]) -> bool:
+    """On each rank: whether an update at learning rate 0 left the exact weights and still gathered moments."""
+    result = run_engine("align", values, 1)
     start = {name: p.detach().reshape(-1).numpy() for name, p in training_module("align").named_parameters()}
     is_still = all((value == start[name]).all() for name, value in result["weights"].items())
     return is_still and any(value.any() for value in result["moments"].values())
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
-def test_the_learning_rate_that_was_set_is_the_one_used(two_ranks: Any, zero_stage: int) -> None:
+CASES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2), ("fp16", 2)]
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), CASES)
+def test_training_starts_from_exact_weights_at_the_learning_rate_that_was_set(
+    two_ranks: Any, precision: str, zero_stage: int
+) -> None:
     assert factor(STAGES["align"], 0) == 0
-    assert two_ranks(first_update, zero_stage) == [True, True]
+    assert two_ranks(first_update, {"precision": precision, "zero_stage": zero_stage}) == [True, True]
 
 
 def test_raw_settings_replace_generated_ones_mapping_by_mapping() -> None:
@@ -236,6 +248,8 @@ def test_zero_0_is_for_fp32_without_offloading() -> None:
     cases = {"fp32": 0, "bf16": 1, "fp16": 1}
     assert {p: zero_stage(recipe(zero_stage=0, precision=p)) for p in cases} == cases
     assert zero_stage(recipe(zero_stage=0, offload_optimizer=True)) == 1
+    # The optimiser clips there, and DeepSpeed clips at 1 unless told not to.
+    assert deepspeed_config(recipe(zero_stage=0), BatchSplit.derive(8, 2, 2))["gradient_clipping"] == 0
     assert zero_stage(recipe(zero_stage=3, offload_optimizer=True, precision="bf16")) == 3
 
 

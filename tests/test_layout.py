@@ -37,6 +37,7 @@ KNOWS_RELEASED_NAMES = "faithdiff/checkpoint.py"
 # Modules that need no test file of their own, and why.
 TESTED_ELSEWHERE: dict[str, str] = {
     "platform/sr_platform/observability.py": "one call that configures logging; the jobs' tests run through it",
+    "platform/sr_platform/checkpoint_writer.py": "test_checkpoints.py: what is written is read",
     # The parts that FaithDiffPipeline is put together from are promises of the pipeline:
     "faithdiff/compat.py": "test_pipeline.py: released numbers, unknown switches",
     "faithdiff/conditioning.py": "test_pipeline.py, test_denoiser.py: whole runs, pictures that share a batch",

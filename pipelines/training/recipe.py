@@ -93,8 +93,8 @@ class ValidationConfig(StrictConfig):
     every_updates: PositiveInt = 500
     data: str | None = None
     """URI of a prepared dataset; by default the training data."""
-    num_pictures: PositiveInt = 4
-    """Its first pictures, in the order of the shards."""
+    num_pictures: NonNegativeInt = 0
+    """Its first pictures, in the order of the shards; 0 restores none."""
     num_inference_steps: PositiveInt = 20
     guidance_scale: PositiveFloat = 5.0
     start_from: Literal["lq", "noise"] = "lq"
@@ -188,8 +188,8 @@ class TrainConfig(StrictConfig):
     """The newest ones, of each stage."""
     keep_every_updates: PositiveInt | None = None
     """Checkpoints at multiples of this stay for good."""
-    validation: ValidationConfig | None = None
-    """Pictures restored on the way; none by default."""
+    validation: ValidationConfig = ValidationConfig()
+    """Pictures restored on the way."""
     max_failures: NonNegativeInt = 2
     """Worker failures after which the run goes on from its last checkpoint."""
 

@@ -128,7 +128,7 @@ class Worker:
 
     def _validation(self, pipeline: FaithDiffPipeline) -> Validation | None:
         cfg = self.cfg.validation
-        if cfg is None:
+        if cfg.num_pictures == 0:
             return None
         reader, uri = SampleReader(cfg.data or self.cfg.data), f"{self.cfg.out}/validation/{self.job.stage}"
         return Validation(cfg, uri, reader, pipeline, rank=self.rank, world_size=self.world_size)

@@ -22,7 +22,7 @@ from sr_platform.cluster import REPOSITORY_PATH
 NUM_UPDATES = 120
 FLAGS = ["--size-px", "32", "--global-batch", "4", "--stage", "align", "--align.num-updates", str(NUM_UPDATES)]
 FLAGS += ["--align.warmup-updates", "4", "--log-every-updates", "4", "--checkpoint-every-updates", "8"]
-FLAGS += ["--max-failures", "20"]
+FLAGS += ["--max-failures", "20", "--validation.num-pictures", "1", "--validation.every-updates", "60"]
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from sr_platform.tracking import Tracking
 Weights = dict[str, torch.Tensor]
 TINY = ["--size-px", "32", "--global-batch", "4", "--align.num-updates", "8", "--unified.num-updates", "2"]
 TINY += ["--align.warmup-updates", "1", "--unified.warmup-updates", "0", "--log-every-updates", "1"]
+TINY += ["--validation.num-pictures", "0"]
 
 
 def config(*flags: str) -> TrainConfig:
@@ -129,7 +130,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_update_and_samples(alo
         return loss.NoiseDraws(draws.timesteps, draws.noise * (float("nan") if 4 in samples else 1), draws.noise)
 
     monkeypatch.setattr("pipelines.training.inputs.noise_for", spoiled)
-    with pytest.raises(FloatingPointError, match=r"update 2 of stage align is nan; no .*Samples of the update: s\d-\d, "):
+    with pytest.raises(
+        FloatingPointError, match=r"update 2 of stage align is nan; no .*Samples of the update: s\d-\d, "
+    ):
         alone("align", "--max-updates", "3")
 
 

@@ -36,6 +36,7 @@ from sr_platform.tracking import Tracking
 SIDE_PX = 32
 TINY = ["--size-px", "32", "--global-batch", "4", "--align.num-updates", "4", "--unified.num-updates", "2"]
 TINY += ["--align.warmup-updates", "0", "--unified.warmup-updates", "0", "--log-every-updates", "1"]
+TINY += ["--validation.num-pictures", "0"]
 SOURCE = Source(name="own", uri="x", licence="CC0", terms="Be kind.", num_pictures=8, sha256="")
 
 

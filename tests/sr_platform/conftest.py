@@ -1,81 +1,12 @@
-"""MLflow for the tests of this room: a database file, and a server on loopback that can be lost and found again."""
+"""MLflow for the tests of this room in a database file, and what is kept in it."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sr_platform.tracking import Tracking
-
-
-class MlflowServer:
-    """One server at `uri`, with its database and artefacts in `path`; it comes back where it was."""
-
-    def __init__(self, path: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-        self._command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{path}/server.db"]
-        self._command += ["--artifacts-destination", str(path / "artifacts")]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Returns once the server answers; one that runs already is left alone."""
-        if self._process is None:
-            # A session of its own, so that its worker can be killed with it.
-            env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-            self._process = subprocess.Popen(self._command, env=env, start_new_session=True)
-            self._wait_until_healthy(self._process)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self.signal(signal.SIGKILL)
-            self._process.wait(timeout=20)
-            self._process = None
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        os.killpg(self._process.pid, number)
-
-    def _wait_until_healthy(self, process: subprocess.Popen[bytes]) -> None:
-        deadline_s = time.monotonic() + 60
-        while time.monotonic() < deadline_s:
-            assert process.poll() is None, "the server ended"
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
-                    assert answer.status == 200
-                    return
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError("the server did not answer within 60 s")
-
-
-@pytest.fixture(scope="session")
-def _mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
-    try:
-        yield server
-    finally:
-        server.kill()
-
-
-@pytest.fixture
-def mlflow_server(_mlflow_server: MlflowServer, monkeypatch: pytest.MonkeyPatch) -> MlflowServer:
-    """The running server of the session, which MLFLOW_TRACKING_URI names; a test that kills it is tidied up after."""
-    _mlflow_server.start()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", _mlflow_server.uri)
-    return _mlflow_server
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sr_platform.mlflow_client import hide_credentials, public_uri
+
 _RAY_ENVIRONMENT = {
     # Explicit, because Ray's own default depends on whether ~/.ray/auth_token exists.
     "RAY_AUTH_MODE": "token",
@@ -53,10 +55,11 @@ import ray  # noqa: E402
 def runtime_env() -> dict[str, Any]:
     """What workers need: `sr_platform` importable, one thread per worker, and where tracking and storage are.
 
-    Credentials are never forwarded; workers find them as boto does (instance role, their own environment).
+    Credentials are never forwarded, because Ray logs all this on every node. Workers find them as boto and MLflow do:
+    instance role, their own environment. A password in the URI of a database is the exception; a server has none there.
     """
     env_vars = {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    env_vars.update({name: os.environ[name] for name in _FORWARDED if name in os.environ})
+    env_vars.update({name: public_uri(os.environ[name]) for name in _FORWARDED if name in os.environ})
     env_vars["MLFLOW_DISABLE_TELEMETRY"] = "true"
     return {"env_vars": env_vars}
 
@@ -73,6 +76,7 @@ def connected(*, num_cpus: int | None = None, local: bool = False) -> Iterator[N
     `num_cpus` are the logical CPUs of a local Ray: at least 4 by default, because Ray's schedulers count one
     logical CPU for every waiting actor and a pipeline of several stages starves on 2. `local` ignores RAY_ADDRESS.
     """
+    hide_credentials()
     if ray.is_initialized():
         yield
         return

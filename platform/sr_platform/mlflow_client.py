@@ -50,10 +50,26 @@ def open_client(uri: str) -> Any:
     for given in (uri, os.environ.get("MLFLOW_TRACKING_URI", "")):
         parts = urlsplit(given)
         if _is_http(uri) and parts.password and without_credentials(given) == without_credentials(uri):
-            os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
-            os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+            _use_credentials(given)
     uri = without_credentials(uri) if _is_http(uri) else uri
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def hide_credentials() -> None:
+    """Moves a server's password from MLFLOW_TRACKING_URI to the variables that MLflow reads.
+
+    Processes that are started from now on inherit it, and no copy of the URI holds it.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if urlsplit(given).password and public_uri(given) != given:
+        _use_credentials(given)
+        os.environ["MLFLOW_TRACKING_URI"] = public_uri(given)
+
+
+def _use_credentials(uri: str) -> None:
+    parts = urlsplit(uri)
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
 
 
 def without_credentials(uri: str) -> str:

@@ -81,6 +81,19 @@ def test_workers_are_told_where_tracking_and_storage_are_but_no_secret(monkeypat
     assert "do-not-tell" not in str(env_vars)
 
 
+def test_the_password_of_a_tracking_uri_is_for_the_environment_of_processes_and_not_for_what_ray_logs(monkeypatch):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:do-not-tell@mlflow:5000")
+    assert cluster.runtime_env()["env_vars"]["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    with cluster.connected():
+        assert os.environ["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+        assert {"user", "do-not-tell"} <= set(os.environ.values())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:needed@host/db")
+    assert cluster.runtime_env()["env_vars"]["MLFLOW_TRACKING_URI"] == "postgresql://user:needed@host/db"
+
+
 def test_a_submitted_job_brings_the_repository_without_what_is_large_or_secret():
     submitted = cluster.submit_runtime_env()
     assert Path(submitted["working_dir"]) == ROOT

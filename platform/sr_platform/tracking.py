@@ -12,6 +12,7 @@ run_log.RunLog. A server that is lost on the way is waited for; one that cannot 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import uuid
@@ -30,11 +31,17 @@ from sr_platform.mlflow_client import (
     open_client,
     patiently,
     public_uri,
+    reason,
+    without_credentials,
 )
 from sr_platform.model_registry import MODEL_DIGEST_TAG, MODEL_URI_TAG, local_path
 
 _START_TAG = "start_id"
 _MAX_PARAMS_PER_CALL = 100
+_MAX_PARAM_CHARACTERS = 6000
+_MAX_TAG_CHARACTERS = 8000
+_DIGEST_CHARACTERS = 12
+_DELETED = "deleted"
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +63,11 @@ class Tracking:
     patience_s: float = PATIENCE_S
     """How long every call waits for a server that is away, before it raises TrackingError."""
 
+    @property
+    def shown_uri(self) -> str:
+        """`uri` for people and files: without the password that a database needs."""
+        return without_credentials(self.uri)
+
     @classmethod
     def open(cls, *, default_path: Path, experiment: str) -> Tracking:
         """The experiment, created where it does not exist. SQLite keeps its artefacts beside the database file.
@@ -69,13 +81,16 @@ class Tracking:
     def start(
         self, name: str, *, parent_run_id: str | None = None, params: Mapping[str, Any], tags: Mapping[str, str]
     ) -> str:
-        """The id of a new, running run, nested under `parent_run_id`; nested parameters become dotted names."""
+        """The id of a new, running run, nested under `parent_run_id`; nested parameters become dotted names.
+
+        Of parameters above 6,000 and tags above 8,000 characters, MLflow's limits, the start and a digest are kept.
+        """
         from mlflow.entities import Param
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
         start_id = uuid.uuid4().hex
         nesting = {MLFLOW_PARENT_RUN_ID: parent_run_id} if parent_run_id else {}
-        marks = {**nesting, **tags, _START_TAG: start_id}
+        marks = {**nesting, **_fitting(tags), _START_TAG: start_id}
 
         def create(client: Any) -> str:
             # The answer to an earlier attempt may have been lost, and its run would seem to run for ever.
@@ -87,31 +102,40 @@ class Tracking:
             for first in range(0, len(flat), _MAX_PARAMS_PER_CALL):
                 client.log_batch(run_id, params=flat[first : first + _MAX_PARAMS_PER_CALL], synchronous=True)
 
-        run_id, flat = self._call(create), [Param(key, str(value)) for key, value in flatten(params).items()]
+        texts = {key: shortened(str(value), _MAX_PARAM_CHARACTERS) for key, value in flatten(params).items()}
+        run_id, flat = self._call(create), [Param(key, text) for key, text in texts.items()]
         self._call(log_params)
         return run_id
 
     def resume(self, run_id: str) -> bool:
-        """Sets an earlier run running again; False where the server does not know it."""
+        """Sets an earlier run running again; False where the server does not know it, or it was deleted there."""
         from mlflow.exceptions import MlflowException
 
+        def set_running(client: Any) -> bool:
+            if client.get_run(run_id).info.lifecycle_stage == _DELETED:
+                return False
+            client.update_run(run_id, status="RUNNING")
+            return True
+
         try:
-            self._call(lambda client: client.update_run(run_id, status="RUNNING"))
+            return self._call(set_running)
         except MlflowException as error:
             if is_missing(error):
                 return False
             raise
-        return True
 
     def finish(self, run_id: str, *, failed: bool = False) -> None:
-        """Ends a run. What made it fail counts more than a lost server: then it waits 20 s and only warns."""
-        if not failed:
-            self._call(lambda client: client.set_terminated(run_id, "FINISHED"))
-            return
+        """Ends a run. What was done, or what made it fail, counts more than a server that does not note it: it warns.
+
+        It waits for a lost server as every call does, but 20 s only where the run failed.
+        """
+        from mlflow.exceptions import MlflowException
+
+        status, patience_s = ("FAILED", START_PATIENCE_S) if failed else ("FINISHED", self.patience_s)
         try:
-            self._call(lambda client: client.set_terminated(run_id, "FAILED"), START_PATIENCE_S)
-        except TrackingError as error:
-            logger.warning("%s; run %s stays marked as running", error, run_id)
+            self._call(lambda client: client.set_terminated(run_id, status), patience_s)
+        except (TrackingError, MlflowException) as error:
+            logger.warning("tracking: run %s is not marked as %s: %s", run_id, status, reason(error, self.uri))
 
     def register_model(
         self, uri: str, *, name: str, alias: str, run_id: str, digest: str, tags: Mapping[str, str]
@@ -119,23 +143,23 @@ class Tracking:
         """The new version of `name`, with `alias` moved to it; the model's files are where `uri` says.
 
         A model in s3:// stays there, and one in a local folder too when the registry is an SQLite file: whoever can
-        read the registry can read them. To a server a local folder is uploaded, as the run's artefact `model`.
-        `digest` (sha256, hexadecimal) and the place become tags. One run gives one version: a second call for the
-        same run returns the first one's version.
+        read the registry can read them. To a server a local folder is uploaded, as the run's artefact `model-<digest>`.
+        `digest` (sha256, hexadecimal) and the place become tags. One run and digest give one version: a second call
+        with the same returns the first one's version.
 
         Raises:
             InputDataError: `uri` is neither s3:// nor an existing folder.
         """
         self._call(lambda client: _create_registered_model(client, name))
-        version = self._call(lambda client: _find_version_of_run(client, name, run_id))
+        version = self._call(lambda client: _find_version(client, name, run_id, digest))
         if version is None:
-            source = self._place(uri, run_id)
-            told = {**tags, MODEL_URI_TAG: source, MODEL_DIGEST_TAG: digest}
+            source = self._place(uri, run_id, digest)
+            told = {**_fitting(tags), MODEL_URI_TAG: source, MODEL_DIGEST_TAG: digest}
             version = self._call(lambda client: _create_version(client, name, source, run_id, told))
         self._call(lambda client: client.set_registered_model_alias(name, alias, version))
         return version
 
-    def _place(self, uri: str, run_id: str) -> str:
+    def _place(self, uri: str, run_id: str, digest: str) -> str:
         """Where everybody who reads the registry finds the model, which is uploaded only where it must be."""
         if uri.startswith("s3://"):
             return uri.rstrip("/")
@@ -144,10 +168,12 @@ class Tracking:
             raise InputDataError(f"model: {uri} is not a folder; give a folder, or s3://bucket/prefix")
         if self.uri.startswith("sqlite:"):
             return path.as_uri()
+        # Another model of the same run must not replace files of this one.
+        artifact = f"model-{digest[:_DIGEST_CHARACTERS]}"
         # File by file, so that a lost server costs one file and not all of them.
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            self._upload(run_id, file, Path("model") / file.parent.relative_to(path))
-        return f"{self._call(lambda client: client.get_run(run_id).info.artifact_uri)}/model"
+            self._upload(run_id, file, Path(artifact) / file.parent.relative_to(path))
+        return f"{self._call(lambda client: client.get_run(run_id).info.artifact_uri)}/{artifact}"
 
     def _upload(self, run_id: str, file: Path, artifact_folder: Path) -> None:
         self._call(lambda client: client.log_artifact(run_id, str(file), artifact_folder.as_posix()))
@@ -165,6 +191,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def shortened(text: str, max_characters: int) -> str:
+    """`text`, or its start with the length and sha256 of the whole where it is longer."""
+    if len(text) <= max_characters:
+        return text
+    end = f"... ({len(text)} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()})"
+    return text[: max_characters - len(end)] + end
+
+
+def _fitting(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: shortened(value, _MAX_TAG_CHARACTERS) for key, value in tags.items()}
 
 
 def _experiment_id(client: Any, uri: str, name: str) -> str:
@@ -188,12 +226,12 @@ def _create_registered_model(client: Any, name: str) -> None:
             raise
 
 
-def _find_version_of_run(client: Any, name: str, run_id: str) -> str | None:
+def _find_version(client: Any, name: str, run_id: str, digest: str) -> str | None:
     found = client.search_model_versions(f"name='{name}' and run_id='{run_id}'")
-    return str(found[0].version) if found else None
+    return next((str(version.version) for version in found if version.tags.get(MODEL_DIGEST_TAG) == digest), None)
 
 
 def _create_version(client: Any, name: str, source: str, run_id: str, tags: Mapping[str, str]) -> str:
     # The answer to an earlier attempt may have been lost.
-    earlier = _find_version_of_run(client, name, run_id)
+    earlier = _find_version(client, name, run_id, tags[MODEL_DIGEST_TAG])
     return earlier or str(client.create_model_version(name, source=source, run_id=run_id, tags=dict(tags)).version)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import logging
+import shutil
 import sqlite3
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -102,6 +105,53 @@ def test_an_alias_moves_to_the_newest_version(sqlite, folder) -> None:
     assert str(MlflowClient(sqlite.uri).get_model_version_by_alias("two", "candidate").version) == "2"
 
 
+def test_a_run_that_goes_on_with_another_model_gives_another_version(sqlite, folder, tmp_path) -> None:
+    run_id = sqlite.start("run", params={}, tags={})
+    second = shutil.copytree(folder, tmp_path / "unified")
+    versions = [
+        sqlite.register_model(str(path), name="on", alias="candidate", run_id=run_id, digest=digest, tags={})
+        for path, digest in ((folder, "align"), (second, "unified"), (folder, "align"))
+    ]
+    assert versions == ["1", "2", "1"]
+    client = MlflowClient(sqlite.uri)
+    assert client.get_model_version("on", "2").source == second.as_uri()
+    assert str(client.get_model_version_by_alias("on", "candidate").version) == "1"
+
+
+def test_texts_that_are_too_long_for_mlflow_end_in_the_digest_of_the_whole(sqlite, folder) -> None:
+    licences, prompt = "CC BY 4.0, " * 1000, "a sharp photograph, " * 400
+    run_id = sqlite.start("run", params={"prompt": prompt, "short": "x" * 6000}, tags={"data_licences": licences})
+    version = sqlite.register_model(
+        str(folder), name="long", alias="candidate", run_id=run_id, digest="d", tags={"data_licences": licences}
+    )
+    client = MlflowClient(sqlite.uri)
+    data = client.get_run(run_id).data
+    assert data.params["short"] == "x" * 6000
+    for stored, whole, limit in (
+        (data.params["prompt"], prompt, 6000),
+        (data.tags["data_licences"], licences, 8000),
+        (client.get_model_version("long", version).tags["data_licences"], licences, 8000),
+    ):
+        assert len(stored) == limit
+        end = f"... ({len(whole)} characters, sha256 {hashlib.sha256(whole.encode()).hexdigest()})"
+        assert stored == whole[: limit - len(end)] + end
+
+
+def test_what_people_are_shown_has_no_password() -> None:
+    runs = Tracking("postgresql://user:secret@host:5432/db", "1")
+    assert runs.shown_uri == "postgresql://host:5432/db"
+    assert Tracking("http://host:5000", "1").shown_uri == "http://host:5000"
+
+
+def test_a_run_that_was_deleted_meanwhile_does_not_stop_what_went_well(sqlite, caplog) -> None:
+    run_id = sqlite.start("run", params={}, tags={})
+    MlflowClient(sqlite.uri).delete_run(run_id)
+    for failed in (False, True):
+        sqlite.finish(run_id, failed=failed)
+    assert caplog.text.count(f"run {run_id} is not marked as") == 2
+    assert not sqlite.resume(run_id)
+
+
 def test_what_is_no_model_folder_is_not_registered(sqlite, tmp_path) -> None:
     for wrong in (str(tmp_path / "missing"), "gs://bucket/model"):
         with pytest.raises(InputDataError, match="is not a folder; give a folder, or s3://bucket/prefix"):
@@ -115,10 +165,23 @@ def test_the_same_calls_work_against_a_tracking_server(mlflow_server, folder, tm
     runs.register_model(str(folder), name="served", alias="candidate", run_id=run_id, digest="abc", tags={})
     client = MlflowClient(mlflow_server.uri)
     version = client.get_model_version_by_alias("served", "candidate")
-    assert version.source == f"{client.get_run(run_id).info.artifact_uri}/model"
+    assert version.source == f"{client.get_run(run_id).info.artifact_uri}/model-abc"
     assert version.tags == {"model_uri": version.source, "model_digest": "abc"}
-    assert [file.path for file in client.list_artifacts(run_id, "model/unet")] == ["model/unet/weights.bin"]
+    assert [file.path for file in client.list_artifacts(run_id, "model-abc/unet")] == ["model-abc/unet/weights.bin"]
     assert not (tmp_path / "unused").exists()
+
+
+def test_models_of_one_run_do_not_mix_on_a_server(mlflow_server, folder, tmp_path) -> None:
+    runs = Tracking.open(default_path=tmp_path / "unused", experiment="served")
+    run_id = runs.start("run", params={}, tags={})
+    for digest in ("1" * 64, "2" * 64):
+        (folder / f"only_{digest[0]}").write_text("")
+        runs.register_model(str(folder), name="two-of-one", alias="a", run_id=run_id, digest=digest, tags={})
+        (folder / f"only_{digest[0]}").unlink()
+    client = MlflowClient(mlflow_server.uri)
+    folders = [client.get_model_version("two-of-one", version).source.rpartition("/")[2] for version in "12"]
+    files = [[Path(file.path).name for file in client.list_artifacts(run_id, name)] for name in folders]
+    assert [sorted(set(names) - {"unet", "model_index.json"}) for names in files] == [["only_1"], ["only_2"]]
 
 
 def test_a_model_in_s3_is_registered_without_a_copy(mlflow_server, tmp_path) -> None:
@@ -139,11 +202,15 @@ def test_the_driver_waits_for_a_lost_server(mlflow_server, folder, tmp_path, mon
     runs = Tracking.open(default_path=tmp_path, experiment="lost")
     parent = runs.start("parent", params={}, tags={})
     mlflow_server.kill()
-    with pytest.raises(TrackingError, match=r"does not answer: .*Connection refused; start the server and run"):
-        replace(runs, patience_s=0.2).finish(parent)
     monkeypatch.setattr("sr_platform.tracking.START_PATIENCE_S", 0.2)
+    impatient = replace(runs, patience_s=0.2)
+    with pytest.raises(TrackingError, match=r"does not answer: .*Connection refused; start the server and run"):
+        impatient.resume(parent)
+    # What is done is done, whether the server can note it or not.
+    impatient.finish(parent)
     runs.finish(parent, failed=True)
-    assert f"run {parent} stays marked as running" in caplog.text
+    assert f"run {parent} is not marked as FINISHED: " in caplog.text
+    assert f"run {parent} is not marked as FAILED: " in caplog.text
 
     done: list[str] = []
 

@@ -54,9 +54,9 @@ def fitting_micro_batch(
     """
     share = math.ceil(cfg.global_batch / world_size)
     largest = max(1, min(cfg.max_micro_batch, share) // multiple_of)
-    free_bytes = _free_bytes(device) if limit_bytes is None else limit_bytes
-    budget_bytes = free_bytes * (1 - _RESERVE) - optimizer_bytes(module, cfg, world_size)
     with _placed(module, device, _DTYPES[cfg.precision]):
+        free_bytes = _free_bytes(device) if limit_bytes is None else limit_bytes
+        budget_bytes = free_bytes * (1 - _RESERVE) - optimizer_bytes(module, cfg, world_size)
         pass_bytes = _pass_bytes(module, cfg.size_px, device)
         smallest_bytes = pass_bytes(multiple_of)
         count = largest_fitting(lambda count: pass_bytes(count * multiple_of) <= budget_bytes, largest)

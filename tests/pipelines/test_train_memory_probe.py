@@ -48,6 +48,19 @@ def test_more_memory_takes_larger_micro_batches_up_to_the_limit(module: FaithDif
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
+def test_free_memory_is_what_the_weights_leave(module: FaithDiffForTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[torch.dtype] = []
+
+    def free_bytes(device: torch.device) -> int:
+        placed.append(next(module.parameters()).dtype)
+        return 2**40
+
+    monkeypatch.setattr("pipelines.training.memory_probe._free_bytes", free_bytes)
+    config = recipe(precision="bf16", max_micro_batch=1)
+    fitting_micro_batch(module, config, device=torch.device("cpu"), world_size=1)
+    assert placed == [torch.bfloat16]
+
+
 def test_a_micro_batch_is_no_more_than_a_ranks_share_and_keeps_groups_whole(module: FaithDiffForTraining) -> None:
     assert fitting(module, 100_000, global_batch=24, world_size=4, max_micro_batch=32) == 6
     whole = fitting(module, 200, max_micro_batch=32)

@@ -21,12 +21,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from faithdiff.errors import InputError
 from pipelines.training import export
 from pipelines.training.recipe import Stage, TrainConfig
-from pipelines.training.request import Request, check_request, check_resources
-from pipelines.training.stages import recorded_run, run_stage
+from pipelines.training.request import Request, check_request, check_resources, model_uri
+from pipelines.training.stages import deliver, recorded_run, run_stage
 from sr_platform import cluster
 from sr_platform.config import load_config, run_job
 from sr_platform.errors import ConfigError
@@ -88,18 +89,23 @@ def tracking_path(cfg: TrainConfig) -> Path:
     return Path()
 
 
-def run_stages(request: Request, runs: Tracking, record: dict[str, object]) -> TrainResult:
+def run_stages(request: Request, runs: Tracking, record: dict[str, Any]) -> TrainResult:
     """Each stage starts from the model of the one before; the last model is registered."""
     cfg, model, digest = request.cfg, request.model, request.model_digest
     metrics: dict[Stage, dict[str, float]] = {}
+    logs = []
     for stage in cfg.stages:
-        model_out = f"{cfg.out}/models/{stage}"
+        model_out = model_uri(cfg.out, stage)
         if folder_exists(model_out):
             logger.info("stage %s is complete already: %s", stage, model_out)
+            runs.finish(record["stage_run_ids"][stage])
         else:
-            metrics[stage] = run_stage(request, runs, record, stage, model, digest)
+            metrics[stage], log = run_stage(request, runs, record, stage, model, digest)
+            logs.append(log)
         model, digest = model_out, export.model_digest(model_out)
-    run_id, folder_digest = str(record["run_id"]), published_digest(model)
+    for log in logs:
+        deliver(log)
+    run_id, folder_digest = record["run_id"], published_digest(model)
     version = runs.register_model(
         model, name=cfg.registered_model, alias=cfg.alias, run_id=run_id, tags=request.tags, digest=folder_digest
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -9,6 +10,9 @@ import subprocess
 from sr_platform.cluster import REPOSITORY_PATH
 from sr_platform.model_registry import MANIFEST_DIGEST_TAG
 from sr_platform.shards import Manifest
+
+_ROOMS = ("platform/sr_platform", "faithdiff", "pipelines")
+_CODE_SUFFIXES = (".py", ".yaml")
 
 
 def lineage_tags(
@@ -24,7 +28,18 @@ def lineage_tags(
         "base_model_digest": base_model_digest,
     }
     commit = git_commit()
+    tags["code_digest"] = code_digest()
     return tags | ({"git_commit": commit} if commit else {})
+
+
+def code_digest() -> str:
+    """sha256 over the project's code and recipes: what ran, also where no git is, as in a submitted job."""
+    digest = hashlib.sha256()
+    for room in _ROOMS:
+        for path in sorted((REPOSITORY_PATH / room).rglob("*")):
+            if path.suffix in _CODE_SUFFIXES:
+                digest.update(f"{path.relative_to(REPOSITORY_PATH).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def git_commit() -> str | None:

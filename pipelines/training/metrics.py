@@ -5,6 +5,7 @@
     perf/tflops, perf/share_of_peak                     per worker, forward and backward, against the measured peak
     perf/data_wait_share            of the time         perf/checkpoint_s         in which training stood still for one
     perf/peak_memory_gib            of one worker       system/*                  of the machine of rank 0
+    run/workers, run/micro_batch    from every start    run/accumulation          on
 
 Everything goes through a buffer that outlasts the tracking server; what is not sent yet travels in the checkpoints.
 """
@@ -38,6 +39,9 @@ class Reporter:
         self.system.start()
         self.smoothed = SmoothedLoss()
         self.latest: dict[str, float] = {}
+        self.validated = 0
+        """Update of the last validation."""
+        self.is_told = False
 
     def look(self, update: int, look: Look, engine: Any) -> None:
         """Logs the curve of the updates since the last look, and everything else at the last of them."""
@@ -48,6 +52,9 @@ class Reporter:
         values = {"train/loss_smoothed": self.smoothed.add(look.losses), **look.buckets}
         values |= self._gradients(engine) | self._speed(look) | _memory(engine.device)
         values["train/updates"] = update
+        if not self.is_told:
+            values |= self._attempt()
+            self.is_told = True
         self.log.log(curve + [Metric(key, value, update) for key, value in values.items()])
         self.latest = {"train/loss": look.losses[-1], **self.learning_rates(update), **values}
 
@@ -66,6 +73,7 @@ class Reporter:
         for key, uri in pictures.items():
             self.log.image(f"validation/{key}", uri, update)
         self.latest |= metrics
+        self.validated = update
 
     def checkpoint(self, update: int, seconds: float) -> None:
         """How long training stood still for a checkpoint."""
@@ -78,6 +86,7 @@ class Reporter:
             "run_id": self.job.run_id,
             "pending_log": self.log.pending(),
             "metrics": self.latest,
+            "validated": self.validated,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -85,6 +94,7 @@ class Reporter:
         if state["run_id"] == self.job.run_id:
             self.log.restore(state["pending_log"])
         self.latest = dict(state["metrics"])
+        self.validated = state["validated"]
 
     def close(self) -> list[dict[str, Any]]:
         """Waits a little for the tracking server; returns what it has not taken, for the driver to deliver."""
@@ -100,6 +110,14 @@ class Reporter:
             values["train/loss_scale"] = float(engine.optimizer.loss_scale)
             values["train/skipped_updates"] = float(engine.skipped_steps)
         return values
+
+    def _attempt(self) -> dict[str, float]:
+        """How this start shares an update out; another start may do so otherwise."""
+        return {
+            "run/workers": self.split.world_size,
+            "run/micro_batch": self.split.micro_batch,
+            "run/accumulation": self.split.accumulation,
+        }
 
     def _speed(self, look: Look) -> dict[str, float]:
         updates_per_s = len(look.losses) / look.seconds

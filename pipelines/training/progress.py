@@ -43,6 +43,7 @@ class Look:
     buckets: dict[str, float]
     """Mean loss by tenth of the timesteps that occurred, by metric name."""
     seconds: float
+    """The same on all ranks, as everything here."""
     data_wait_share: float
     """Share of the time in which the slowest-fed rank waited for its samples."""
 
@@ -82,12 +83,13 @@ class Progress:
         sums = torch.cat([losses.view(self.num_updates, -1).sum(1), by_bucket.flatten()])
         torch.distributed.all_reduce(sums)
         seconds = time.monotonic() - self.started_s
-        wait = sums.new_tensor(self.data_wait_s / seconds)
-        torch.distributed.all_reduce(wait, torch.distributed.ReduceOp.MAX)
+        slowest = sums.new_tensor([seconds, self.data_wait_s / seconds])
+        torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
+        seconds, wait_share = slowest.tolist()
         values = sums.tolist()
         means = [total / self.split.global_batch for total in values[: self.num_updates]]
         totals, counts = values[self.num_updates :][:NUM_BUCKETS], values[-NUM_BUCKETS:]
-        return Look(means, self._named(totals, counts), seconds, float(wait))
+        return Look(means, self._named(totals, counts), seconds, wait_share)
 
     def _named(self, totals: list[float], counts: list[float]) -> dict[str, float]:
         width = self.num_train_timesteps / NUM_BUCKETS

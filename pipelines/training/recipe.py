@@ -27,7 +27,7 @@ _INCIDENTAL = {
     *("data", "out", "model", "stage", "num_workers", "min_workers", "max_micro_batch", "probe_memory", "use_gpu"),
     *("cpus_per_worker", "zero_stage", "offload_optimizer", "gradient_checkpointing", "compile", "data_workers"),
     *("data_cache", "log_every_updates", "checkpoint_every_updates", "keep_checkpoints", "keep_every_updates"),
-    *("max_failures", "experiment", "registered_model", "alias", "validation", "deepspeed"),
+    *("max_failures", "experiment", "registered_model", "alias", "validation"),
 }
 
 
@@ -58,9 +58,13 @@ class OptimizerConfig(StrictConfig):
     """AdamW and gradient clipping."""
 
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the mean of gradients."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the mean of squared gradients."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the latter."""
     weight_decay: NonNegativeFloat = 1e-2
+    """Share of the learning rate by which weights shrink at every update."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients of an update are scaled down to this norm."""
 
@@ -91,14 +95,19 @@ class ValidationConfig(StrictConfig):
     """Fixed pictures that are restored while training goes on."""
 
     every_updates: PositiveInt = 500
+    """Updates between two restorations; one more comes at the end of a stage."""
     data: str | None = None
     """URI of a prepared dataset; by default the training data."""
     num_pictures: NonNegativeInt = 0
     """Its first pictures, in the order of the shards; 0 restores none."""
     num_inference_steps: PositiveInt = 20
+    """Steps of each restoration."""
     guidance_scale: PositiveFloat = 5.0
+    """How strongly the caption steers."""
     start_from: Literal["lq", "noise"] = "lq"
+    """What a restoration begins with: the noisy low-quality picture, or noise alone."""
     seed: NonNegativeInt = 0
+    """Of the restorations' noise."""
 
 
 class TrainConfig(StrictConfig):
@@ -129,6 +138,7 @@ class TrainConfig(StrictConfig):
     max_updates: PositiveInt | None = None
     """End each stage after so many updates, on the learning-rate curve of the whole stage."""
     seed: NonNegativeInt = 0
+    """Of everything random: order of samples, crops, flips, noise, timesteps, dropped captions."""
 
     global_batch: PositiveInt = 256
     """Samples per update, over all workers and micro-batches."""
@@ -167,23 +177,25 @@ class TrainConfig(StrictConfig):
     loss_scale: LossScaleConfig = LossScaleConfig()
     """For fp16."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What DeepSpeed shares out between workers: nothing, optimiser state, gradients too, parameters too."""
+    """What DeepSpeed shares out between workers: nothing, optimiser state, gradients too, parameters too. With bf16,
+    fp16 or offloading 0 is 1, which gives the same."""
     offload_optimizer: bool = False
     """Keep optimiser state and its arithmetic in the CPU's memory."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the repeated transformer blocks: minutes at the start, then faster updates on a GPU."""
+    """Compile the UNet's transformer blocks and the LQ encoder's: minutes at the start, then faster on a GPU."""
     data_workers: NonNegativeInt = 0
     """Processes per worker that decode and cut samples ahead; 0 does it in the training process."""
     data_cache: Path | None = None
     """Folder on a local disk with room for all shards: those on S3 are fetched whole, once, and read from there."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed settings that replace generated ones, as they are, mapping by mapping; logged with the run."""
+    """DeepSpeed settings that replace generated ones, mapping by mapping, given in a recipe; logged with the run."""
 
     log_every_updates: PositiveInt = 10
     """Updates between two looks at the losses."""
     checkpoint_every_updates: PositiveInt = 1000
+    """What a lost worker costs at most; training goes on while a checkpoint is written."""
     keep_checkpoints: PositiveInt = 2
     """The newest ones, of each stage."""
     keep_every_updates: PositiveInt | None = None
@@ -221,6 +233,11 @@ class TrainConfig(StrictConfig):
                 f"alignment_attention={self.alignment_attention} needs an alignment module, and "
                 "architecture.alignment=sum has none; leave one out"
             )
+        if self.alignment_attention == "batch" and self.attention_group > self.max_micro_batch:
+            raise ValueError(
+                f"attention_group={self.attention_group} samples go through the network together, and "
+                f"max_micro_batch={self.max_micro_batch} is less; raise it"
+            )
         if self.stage == "encoder" and self.encoder is None:
             raise ValueError("stage=encoder needs the recipe's encoder stage; give encoder or another stage")
         self._check_parts()
@@ -254,7 +271,11 @@ class TrainConfig(StrictConfig):
         return num_updates if self.max_updates is None else min(num_updates, self.max_updates)
 
     @property
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the result: no paths, hardware, logging or what is kept."""
+        return self.model_dump(mode="json", exclude=_INCIDENTAL)
+
+    @property
     def digest(self) -> str:
-        """Changes with anything that decides the result; not with paths, hardware, logging or what is kept."""
-        values = self.model_dump(mode="json", exclude=_INCIDENTAL)
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        """Changes with anything that decides the result."""
+        return hashlib.sha256(json.dumps(self.deciding, sort_keys=True).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
 import threading
@@ -13,44 +14,49 @@ from typing import Any
 from tqdm import tqdm
 
 from pipelines.training.recipe import Stage, TrainConfig
-from pipelines.training.request import Request, read_record, write_record
+from pipelines.training.request import Request, read_record, record_start, write_record
 from pipelines.training.stage_job import StageJob
+from sr_platform.errors import ConfigError, InputDataError
 from sr_platform.run_log import RunLog
 from sr_platform.tracking import Tracking
 
-_PATIENCE_S = 600.0
+_PATIENCE_S, _STAGE_END_PATIENCE_S = 600.0, 60.0
 
 logger = logging.getLogger("pipelines.train")
 
 
 def run_stage(
     request: Request, runs: Tracking, record: dict[str, Any], stage: Stage, model: str, model_digest: str
-) -> dict[str, float]:
+) -> tuple[dict[str, float], RunLog]:
     """One Ray Train run, resumed from its newest checkpoint after failures and after an earlier, interrupted job.
+
+    Returns:
+        The last metrics, and what the tracking server has not taken yet (`deliver`).
 
     Raises:
         FloatingPointError: a loss or gradient was not finite.
+        RequestError: the data or the settings turned out to be of no use.
     """
-    cfg = request.cfg
-    with stage_run(runs, record, request, stage) as run_id:
+    cfg, run_id = request.cfg, record["stage_run_ids"][stage]
+    log = RunLog(runs.uri, run_id)
+    # The next stage does not wait for a server that is away: what must be told is told at the end.
+    with finished(dataclasses.replace(runs, patience_s=_STAGE_END_PATIENCE_S), run_id):
+        record_start(cfg.out, record, stage, model_digest)
         job = stage_job(request, stage, model, model_digest, tracking_uri=runs.uri, run_id=run_id)
-        log = RunLog(runs.uri, run_id)
         with progress_bar(log, stage, cfg.last_update(stage)):
             result = fit(job)
             while "left_after" in result:
                 logger.info("stage %s left a node after update %d", stage, result["left_after"])
-                log.restore(result["pending_log"])
                 result = fit(job)
-        deliver(log, result["pending_log"])
+        log.restore(result["pending_log"])
         if "error" in result:
-            raise FloatingPointError(result["error"])
+            raise (ConfigError if result["is_request_wrong"] else FloatingPointError)(result["error"])
     metrics: dict[str, float] = result["metrics"]
-    return metrics
+    return metrics, log
 
 
-def deliver(log: RunLog, pending: list[dict[str, Any]]) -> None:
+def deliver(log: RunLog) -> None:
     """Gives the tracking server what it had not taken when the worker ended, and waits for it a good while."""
-    log.restore(pending)
     if not log.flush(_PATIENCE_S):
         logger.warning("tracking: %d entries of run %s were never taken", len(log.pending()), log.run_id)
     log.close()
@@ -78,8 +84,8 @@ def stage_job(
 
 
 def fit(job: StageJob) -> dict[str, Any]:
-    """What rank 0 of `train_loop_per_worker` returns."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    """What rank 0 of `train_loop_per_worker` returns. Raises InputDataError where a sample of the data is damaged."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipelines.training.updates import train_loop_per_worker
@@ -102,36 +108,43 @@ def fit(job: StageJob) -> dict[str, Any]:
                 failure_config=FailureConfig(max_failures=cfg.max_failures),
             ),
         )
-        result: dict[str, Any] = trainer.fit().return_value
+        try:
+            result: dict[str, Any] = trainer.fit().return_value
+        except WorkerGroupError as error:
+            damaged = [e for e in error.worker_failures.values() if isinstance(e, InputDataError)]
+            raise (damaged[0] if damaged else error) from error
     return result
 
 
 @contextmanager
 def recorded_run(runs: Tracking, request: Request) -> Iterator[dict[str, Any]]:
-    """The parent run, opened again where `out` names it; `out/run.json` remembers runs for a resumed job."""
-    out = request.cfg.out
-    record = read_record(out)
+    """The parent run and a nested one per stage, opened again where `out` names them.
+
+    All are opened at the start, so that nothing between the stages needs the tracking server. `out/run.json` remembers
+    them for a resumed job.
+    """
+    cfg = request.cfg
+    record = read_record(cfg.out)
     if not record or not runs.resume(record["run_id"]):
-        run_id = runs.start(
-            f"train {request.cfg.registered_model}", params=request.cfg.model_dump(mode="json"), tags=request.tags
-        )
-        record = {"identity": request.identity, "run_id": run_id, "stage_run_ids": {}}
-    write_record(out, record)
+        params = cfg.model_dump(mode="json")
+        run_id = runs.start(f"train {cfg.registered_model}", params=params, tags=request.tags)
+        starts = record.get("starts", {})
+        record = {
+            "identity": request.identity,
+            "recipe": params,
+            "run_id": run_id,
+            "stage_run_ids": {},
+            "starts": starts,
+        }
+    for stage in cfg.stages:
+        known = record["stage_run_ids"]
+        if stage not in known or not runs.resume(known[stage]):
+            known[stage] = runs.start(
+                stage, parent_run_id=record["run_id"], params=stage_params(cfg, stage), tags=request.tags
+            )
+    write_record(cfg.out, record)
     with finished(runs, record["run_id"]):
         yield record
-
-
-@contextmanager
-def stage_run(runs: Tracking, record: dict[str, Any], request: Request, stage: Stage) -> Iterator[str]:
-    """The nested run of a stage, opened again where the record names it."""
-    cfg, known = request.cfg, record["stage_run_ids"]
-    if stage not in known or not runs.resume(known[stage]):
-        known[stage] = runs.start(
-            stage, parent_run_id=record["run_id"], params=stage_params(cfg, stage), tags=request.tags
-        )
-        write_record(cfg.out, record)
-    with finished(runs, known[stage]):
-        yield known[stage]
 
 
 def stage_params(cfg: TrainConfig, stage: Stage) -> dict[str, Any]:

@@ -39,9 +39,12 @@ from pipelines.training.throughput import flops_per_sample, measured_peak_flops
 from pipelines.training.validation import Validation
 from sr_platform.checkpoint_writer import CheckpointWriter
 from sr_platform.checkpoints import open_checkpoint
+from sr_platform.errors import ConfigError
 from sr_platform.sample_reader import SampleReader
 from sr_platform.train_state import TrainState
 
+_ASK_EVERY_S = 5.0
+"""Between two questions whether a node is about to go; spot nodes say so 30 to 120 s before."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = logging.getLogger("pipelines.train")
@@ -52,19 +55,21 @@ def train_loop_per_worker(values: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         {"metrics": ..., "pending_log": ...}. Instead of metrics "left_after" an update, where a node is about to go and
-        the stage must be started again; or an "error", where training stopped on all ranks alike: from the same
-        checkpoint it would end the same way again, and Ray tries again after whatever is raised.
+        the stage must be started again; or an "error", where training stopped on all ranks alike, perhaps because the
+        request was wrong: it would end the same way again, and Ray tries again after whatever is raised.
     """
-    worker, result = Worker(StageJob.model_validate(values)), dict[str, Any]()
+    result: dict[str, Any] = {"pending_log": []}
     try:
-        result["metrics"] = worker.run()
-        worker.write_model()
+        worker = Worker(StageJob.model_validate(values))
+        try:
+            result["metrics"] = worker.run()
+            worker.write_model()
+        finally:
+            result["pending_log"] = worker.close()
     except Leaving as leaving:
         result["left_after"] = leaving.update
-    except FloatingPointError as error:
-        result["error"] = str(error)
-    finally:
-        result["pending_log"] = worker.close()
+    except (FloatingPointError, ConfigError) as error:
+        result |= {"error": str(error), "is_request_wrong": isinstance(error, ConfigError)}
     return result
 
 
@@ -100,6 +105,7 @@ class Worker:
             self.engine, average_decay=cfg.average_decay, average_every_updates=cfg.average_every_updates
         )
         self.writer = self._writer()
+        self.ask_every_updates = 1
 
     def _split(self, module: FaithDiffForTraining) -> BatchSplit:
         cfg, group = self.cfg, self._samples_together
@@ -158,36 +164,40 @@ class Worker:
 
     def run(self) -> dict[str, float]:
         """Every update from the last checkpoint to the end of the stage; returns the last metrics."""
-        first, last = self._restore(), self._last
-        batches = micro_batches(self.data, first, last, num_workers=self.cfg.data_workers)
+        first, last, cfg = self._restore(), self._last, self.cfg
+        batches = micro_batches(self.data, first, last, num_workers=cfg.data_workers, pin_memory=cfg.use_gpu)
         progress = self._progress()
         for update in range(first + 1, last + 1):
             self._update(update, batches, progress)
-            is_checkpoint = update % self.cfg.checkpoint_every_updates == 0 or update == last
-            is_validation = self.validation is not None and self.validation.is_due(update, last)
-            if is_checkpoint or is_validation or update % self.cfg.log_every_updates == 0:
+            is_checkpoint = update % cfg.checkpoint_every_updates == 0 or update == last
+            is_validation = self._is_validation_due(update)
+            is_leaving = update < last and update % self.ask_every_updates == 0 and is_told_to_leave()
+            if is_checkpoint or is_validation or is_leaving or update % cfg.log_every_updates == 0:
                 self._look(update, progress)
-                self._pause(update, is_checkpoint=is_checkpoint, is_validation=is_validation)
+                if is_leaving:
+                    self._leave(update)
+                if is_validation:
+                    self._validate(update)
+                if is_checkpoint:
+                    self._save(update)
                 progress = self._progress()
         self.writer.wait()
         return self.reporter.latest if self.reporter else {}
 
-    def _pause(self, update: int, *, is_checkpoint: bool, is_validation: bool) -> None:
-        """What is done between two updates, outside the time that updates are said to take."""
-        is_leaving = is_told_to_leave()
-        if is_validation and not is_leaving:
-            self._validate(update)
-        if is_checkpoint or is_leaving:
-            self._save(update)
-        if is_leaving:
-            self.writer.wait()
-            raise Leaving(update)
+    def _leave(self, update: int) -> NoReturn:
+        """A validation that is due waits for the next start: first of all the checkpoint must count."""
+        self._save(update)
+        self.writer.wait()
+        raise Leaving(update)
+
+    def _is_validation_due(self, update: int) -> bool:
+        return self.validation is not None and self.validation.is_due(update, self._last)
 
     def _progress(self) -> Progress:
         return Progress(self.split, self.frozen.num_train_timesteps)
 
     def _update(self, update: int, batches: Iterator[Batch], progress: Progress) -> None:
-        """One optimiser update, which nothing waits for."""
+        """One optimiser update; DeepSpeed itself asks the device once, for the norm of the gradient."""
         stage = self.stage
         factor = learning_rate_factor(update - 1, warmup_updates=stage.warmup_updates, num_updates=stage.num_updates)
         set_learning_rate(self.engine, factor)
@@ -214,6 +224,7 @@ class Worker:
         look, skipped = progress.look(), self.guard.check()
         if skipped:
             self._stop(skipped[0], look.losses[skipped[0] - update - 1])
+        self.ask_every_updates = max(1, round(_ASK_EVERY_S * len(look.losses) / look.seconds))
         if self.reporter is not None:
             self.reporter.look(update, look, self.engine)
 
@@ -247,6 +258,8 @@ class Worker:
         if self.reporter is not None:
             self.reporter.restore(found.meta["account"])
         logger.info("stage %s goes on after update %d", self.job.stage, found.update)
+        if found.meta["account"]["validated"] < found.update and self._is_validation_due(found.update):
+            self._validate(found.update)
         return found.update
 
     def _newest_checkpoint(self) -> str:
@@ -272,8 +285,11 @@ class Worker:
 
     def close(self) -> list[dict[str, Any]]:
         """Returns what the tracking server has not taken yet."""
-        self.writer.close()
-        return self.reporter.close() if self.reporter is not None else []
+        try:
+            self.writer.close()
+        finally:
+            pending = self.reporter.close() if self.reporter is not None else []
+        return pending
 
 
 def _shared_name() -> str:

@@ -29,11 +29,18 @@ PATIENCE_S = 600.0
 # says 404 while its backend restarts, and credentials can be put right without the entries having been wrong.
 _VERDICTS = ("BAD_REQUEST", "INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
 _PASSING_STATUSES = (401, 403, 404, 408, 425, 429)
+_UNAUTHORISED = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
+_UNAUTHORISED_STATUSES = (401, 403)
 _PROBE_TIMEOUT_S = 5
 _LONGEST_REASON = 300
 _ADVICE = "start the server and run the same command again"
 _ADVICE_AT_START = (
     "start the server, or unset MLFLOW_TRACKING_URI: a training then uses an SQLite file in its output folder"
+)
+
+ADVICE_ON_CREDENTIALS = (
+    "give this process MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; workers of a "
+    "cluster need them in the environment of their nodes"
 )
 
 logger = logging.getLogger(__name__)
@@ -97,6 +104,17 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, (*s3.PASSING, StorageError, sqlalchemy.exc.OperationalError))
 
 
+def is_unauthorised(error: BaseException) -> bool:
+    """Whether the server answers, but not to somebody with these credentials."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.error_code in _UNAUTHORISED
+    response = error.response if isinstance(error, requests.HTTPError) else None
+    return response is not None and response.status_code in _UNAUTHORISED_STATUSES
+
+
 def is_missing(error: Any) -> bool:
     """Whether an MlflowException says that the run, model or version does not exist."""
     return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
@@ -134,13 +152,16 @@ def patiently(uri: str, call: Callable[[], T], patience_s: float = PATIENCE_S, a
         except Exception as error:
             if not is_passing(error):
                 raise
-            why, shown = reason(error, uri), without_credentials(uri)
+            verb = "refuses" if is_unauthorised(error) else "does not answer"
+            problem = f"tracking: {without_credentials(uri)} {verb}: {reason(error, uri)}"
+            if is_unauthorised(error):
+                advice = ADVICE_ON_CREDENTIALS
             if give_up_s == float("inf"):
                 give_up_s = time.monotonic() + patience_s
-                logger.warning("tracking: %s does not answer: %s; waiting up to %.0f s", shown, why, patience_s)
+                logger.warning("%s; waiting up to %.0f s", problem, patience_s)
             left_s = give_up_s - time.monotonic()
             if left_s <= 0:
-                raise TrackingError(f"tracking: {shown} does not answer: {why}; {advice}") from None
+                raise TrackingError(f"{problem}; {advice}") from None
             time.sleep(min(wait_s, left_s))
         else:
             if give_up_s < float("inf"):

@@ -25,11 +25,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from sr_platform.errors import InputDataError, RequestError
-from sr_platform.mlflow_client import is_passing, open_client, reason, waits_s, without_credentials
+from sr_platform.mlflow_client import (
+    ADVICE_ON_CREDENTIALS,
+    is_passing,
+    is_unauthorised,
+    open_client,
+    reason,
+    waits_s,
+    without_credentials,
+)
 from sr_platform.storage import open_storage
 
 _MAX_METRICS_PER_REQUEST = 1000
 """MLflow takes no more."""
+_READING_TIMEOUT_S = 5.0
 _FOREIGN_TO_PICTURE_NAMES = re.compile(r"[^a-zA-Z0-9_\-./ ]")
 
 logger = logging.getLogger(__name__)
@@ -69,8 +78,11 @@ class RunLog:
         self._client: Any = None
         self._is_closed = self._is_hurried = False
         self._num_since_loss: int | None = None
+        self._advised: set[str] = set()
         self._num_refused = 0
         self._latest: dict[str, float] = {}
+        self._reading: threading.Thread | None = None
+        self._is_reading_noted = False
 
     def log(self, metrics: Sequence[Metric]) -> None:
         """Takes `metrics` down and returns at once."""
@@ -128,13 +140,23 @@ class RunLog:
             logger.error("tracking: %d entries of run %s were refused in all", self._num_refused, self.run_id)
 
     def latest(self) -> dict[str, float]:
-        """The last value of every metric of the run, by key; the last known ones while the server is away."""
+        """The last value of every metric of the run, by key; the last known ones where they cannot be read now.
+
+        It raises nothing, and waits 5 s at most: MLflow itself would wait two minutes for a server that hangs.
+        """
+        if self._reading is None or not self._reading.is_alive():
+            self._reading = threading.Thread(target=self._read_latest, name="run-log-latest", daemon=True)
+            self._reading.start()
+        self._reading.join(_READING_TIMEOUT_S)
+        return self._latest
+
+    def _read_latest(self) -> None:
         try:
             self._latest = dict(self._open().get_run(self.run_id).data.metrics)
-        except Exception as error:
-            if not is_passing(error):
-                raise
-        return self._latest
+        except Exception as error:  # noqa: BLE001 - somebody only wants to look
+            if not is_passing(error) and not self._is_reading_noted:
+                self._is_reading_noted = True
+                logger.warning("tracking: run %s cannot be read: %s", self.run_id, reason(error, self.uri))
 
     def _add(self, entries: list[_Entry]) -> None:
         assert not self._is_closed, "a closed RunLog takes nothing"
@@ -215,6 +237,7 @@ class RunLog:
                 if not self._entries:
                     logger.info("tracking: caught up with %d entries of run %s", self._num_since_loss, self.run_id)
                     self._num_since_loss = None
+                    self._advised.clear()
             self._changed.notify_all()
 
     def _pause(self, wait_s: float) -> None:
@@ -223,14 +246,19 @@ class RunLog:
             self._is_hurried = False
 
     def _note_loss(self, error: Exception) -> None:
-        if self._num_since_loss is None:
-            self._num_since_loss = 0
-            logger.warning(
-                "tracking: run %s cannot be written to %s: %s; training goes on, and everything is kept and sent later",
-                self.run_id,
-                without_credentials(self.uri),
-                reason(error, self.uri),
-            )
+        """Says it once until the log has caught up; and once more where waiting alone will not help."""
+        self._num_since_loss = self._num_since_loss or 0
+        advice = f"{ADVICE_ON_CREDENTIALS}; " if is_unauthorised(error) else ""
+        if advice in self._advised or (self._advised and not advice):
+            return
+        self._advised.add(advice)
+        logger.warning(
+            "tracking: run %s cannot be written to %s: %s; %straining goes on, and everything is kept and sent later",
+            self.run_id,
+            without_credentials(self.uri),
+            reason(error, self.uri),
+            advice,
+        )
 
     def _note_refusal(self, entry: _Entry, error: Exception) -> None:
         """Says it once per log. A refused entry is given up: it would be refused again, and hold up all others."""

@@ -24,12 +24,13 @@ class Recorder(http.server.BaseHTTPRequestHandler):
 
     seen: list[str | None]
     status = 200
+    body = json.dumps({"experiment": {"experiment_id": "7"}}).encode()
 
     def do_GET(self) -> None:
         self.seen.append(self.headers["Authorization"])
         self.send_response(self.status)
         self.end_headers()
-        self.wfile.write(json.dumps({"experiment": {"experiment_id": "7"}}).encode())
+        self.wfile.write(self.body)
 
     do_POST = do_GET  # noqa: N815
 
@@ -154,6 +155,18 @@ def test_a_server_that_fails_at_the_start_is_named(recorder, monkeypatch) -> Non
     address, handler = recorder
     handler.status = 500
     with pytest.raises(RequestError, match=f"http://{address} does not answer: .*500.*; start the server, or unset"):
+        at_start(f"http://{address}", lambda client: client.get_experiment_by_name("x"))
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_wants_credentials_is_said_to_want_them(recorder, monkeypatch, status: int) -> None:
+    monkeypatch.setattr(mlflow_client, "START_PATIENCE_S", 0.1)
+    address, handler = recorder
+    handler.status = status
+    monkeypatch.setattr(handler, "body", b"You are not authenticated.")
+    with pytest.raises(
+        RequestError, match=rf"http://{address} refuses: .*{status}.*; give this process MLFLOW_TRACKING"
+    ):
         at_start(f"http://{address}", lambda client: client.get_experiment_by_name("x"))
 
 

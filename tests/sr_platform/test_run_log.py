@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import base64
+import http.server
 import json
 import logging
 import math
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from sr_platform import mlflow_client
+from sr_platform import mlflow_client, run_log
 from sr_platform.run_log import Metric, RunLog
 from sr_platform.tracking import Tracking
 
@@ -136,6 +139,69 @@ def test_a_server_that_hangs_blocks_nobody(mlflow_server, new_run) -> None:
     assert log.flush(30)
     log.close()
     assert [step for step, _, _ in history(mlflow_server.uri, run_id, "train/loss")] == [1]
+
+
+def test_who_only_looks_is_not_held_up_by_a_server_that_hangs(mlflow_server, new_run, monkeypatch) -> None:
+    log = RunLog(mlflow_server.uri, new_run())
+    log.log([Metric("train/loss", 0.5, 1)])
+    assert log.flush(30)
+    assert log.latest() == {"train/loss": 0.5}
+    monkeypatch.setattr(run_log, "_READING_TIMEOUT_S", 0.2)
+    num_threads = threading.active_count()
+    mlflow_server.signal(signal.SIGSTOP)
+    try:
+        started_s = time.perf_counter()
+        for _ in range(3):
+            assert log.latest() == {"train/loss": 0.5}
+        assert time.perf_counter() - started_s < 2
+        assert threading.active_count() <= num_threads + 1
+    finally:
+        mlflow_server.signal(signal.SIGCONT)
+    log.close()
+
+
+def test_who_only_looks_at_a_run_that_is_gone_sees_the_last_that_was_known(mlflow_server, caplog) -> None:
+    log = RunLog(mlflow_server.uri, "0" * 32)
+    for _ in range(2):
+        assert log.latest() == {}
+    assert caplog.text.count("cannot be read: ") == 1
+
+
+def test_a_worker_without_credentials_says_at_once_what_it_needs(monkeypatch, caplog) -> None:
+    class Guarded(http.server.BaseHTTPRequestHandler):
+        taken = 0
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            is_let_in = self.headers["Authorization"] == f"Basic {base64.b64encode(b'user:secret').decode()}"
+            Guarded.taken += is_let_in
+            self.send_response(200 if is_let_in else 401)
+            self.end_headers()
+            self.wfile.write(b"{}" if is_let_in else b"You are not authenticated.")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    caplog.set_level(logging.INFO, "sr_platform.run_log")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Guarded)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    uri = f"http://127.0.0.1:{server.server_port}"
+    log = RunLog(uri, "0" * 32)
+    for step in range(3):
+        log.log([Metric("train/loss", 0.5, step)])
+        assert not log.flush(0.2)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"cannot be written to {uri}: " in warning
+    assert "401" in warning
+    assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in warning
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "user")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    assert log.flush(30)
+    log.close()
+    server.shutdown()
+    server.server_close()
+    assert Guarded.taken >= 1
+    assert "caught up" in caplog.text
 
 
 def test_what_a_dead_worker_had_pending_is_delivered_once_by_the_next(mlflow_server, new_run, picture) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import safe_set_full_fp32_param
 from torch import nn
 
 from faithdiff.loss import FaithDiffForTraining
 from pipelines.training.batch_split import BatchSplit
 from pipelines.training.guard import clip_and_skip_on_device
 from pipelines.training.recipe import StageConfig, TrainConfig
+from sr_platform.config import merged
+from sr_platform.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +22,33 @@ BUCKET_NUMEL = 200_000_000
 """Gradients that are reduced at once: 0.8 GB in fp32, twice with `overlap_comm`."""
 _PERSISTENT_NUMEL = 1_000_000
 """ZeRO 3 keeps parameters below this whole: all that SDXL has with 640 channels, a twentieth of its weights."""
+_DECIDED = {
+    "train_batch_size": "global_batch",
+    "train_micro_batch_size_per_gpu": "max_micro_batch",
+    "gradient_accumulation_steps": "max_micro_batch",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer",
+    "scheduler": "learning_rate and warmup_updates of the stage",
+    "zero_optimization.stage": "zero_stage",
+    "zero_optimization.offload_optimizer": "offload_optimizer",
+    "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
+}
+"""DeepSpeed's settings that are no raw ones -> the recipe's."""
+
+
+def check_override(cfg: TrainConfig) -> None:
+    """Raises ConfigError where the recipe's `deepspeed` entries set what another of its settings decides."""
+    wrong = []
+    for path, setting in _DECIDED.items():
+        section, _, key = path.rpartition(".")
+        given = cfg.deepspeed.get(section, {}) if section else cfg.deepspeed
+        if not isinstance(given, dict):
+            wrong.append(f"deepspeed.{section}: got {given!r}; give a mapping of its settings")
+        elif key in given:
+            wrong.append(f"deepspeed.{path}: the recipe decides it; set {setting} instead")
+    if wrong:
+        raise ConfigError("; ".join(dict.fromkeys(wrong)))
 
 
 def deepspeed_config(cfg: TrainConfig, split: BatchSplit) -> dict[str, Any]:
@@ -42,7 +68,7 @@ def deepspeed_config(cfg: TrainConfig, split: BatchSplit) -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "steps_per_print": 2**31,
     }
-    return _merged(config | _precision_config(cfg), cfg.deepspeed)
+    return merged(config | _precision_config(cfg), cfg.deepspeed)
 
 
 def zero_stage(cfg: TrainConfig) -> int:
@@ -88,15 +114,6 @@ def _precision_config(cfg: TrainConfig) -> dict[str, Any]:
     return {"fp16": scale, **sums}
 
 
-def _merged(generated: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` over `generated`, mapping by mapping."""
-    merged = dict(generated)
-    for key, value in given.items():
-        before = merged.get(key)
-        merged[key] = _merged(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
-    return merged
-
-
 def learning_rate_factor(update: int, *, warmup_updates: int, num_updates: int) -> float:
     """Share of the peak learning rate in update number `update` (from 0): linear warm-up, then half a cosine to 0."""
     if update < warmup_updates:
@@ -138,6 +155,8 @@ def initialize(
 
     Its learning rates are the peaks until `set_learning_rate` is called.
     """
+    import deepspeed  # takes seconds, which a check of the request need not wait for
+
     # DeepSpeed would compile a shared-memory collective on a CPU; gloo does without it and without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if zero_stage(cfg) != cfg.zero_stage:
@@ -153,15 +172,15 @@ def initialize(
         clip_and_skip_on_device(optimizer, cfg.optimizer.max_grad_norm)
     if cfg.compile:
         compile_blocks(model, backend=compile_backend)
-    is_rounded = cfg.precision != "fp32"
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    exact = {name: parameter.detach().clone() for name, parameter in trained} if is_rounded else {}
+    rounded = [p for p in model.parameters() if p.requires_grad] if cfg.precision != "fp32" else []
+    # DeepSpeed rounds weights into storage of its own: these keep the old.
+    exact = [parameter.detach() for parameter in rounded]
     engine, *_ = deepspeed.initialize(
         model=model.train(), optimizer=optimizer, config=deepspeed_config(cfg, split), dist_init_required=False
     )
-    # DeepSpeed takes its fp32 masters from weights that it has rounded already.
-    for name, parameter in trained if is_rounded else ():
-        safe_set_full_fp32_param(parameter, exact[name].to(engine.device))
+    # Its fp32 masters are made of rounded weights.
+    for parameter, weight in zip(rounded, exact, strict=True):
+        deepspeed.utils.safe_set_full_fp32_param(parameter, weight.to(engine.device))
     return engine
 
 

@@ -107,7 +107,7 @@ def _read_chain(path: Path, name: str, readers: tuple[Path, ...], *, job: str) -
     if not isinstance(base, str):
         raise ConfigError(f"{job}: recipe {name}: extends: got {base!r}; give the name of one recipe")
     base_path = _find_recipe(base, path.parent, job=f"{job}: recipe {name}: extends")
-    return _merged(_read_chain(base_path, base, (*readers, path), job=job), values)
+    return merged(_read_chain(base_path, base, (*readers, path), job=job), values)
 
 
 def _find_recipe(name: str, folder: Path, *, job: str) -> Path:
@@ -134,13 +134,13 @@ def _read_mapping(path: Path, name: str, *, job: str) -> dict[str, Any]:
     return values
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` laid over `base`: mappings in both are merged, anything else of `over` replaces that of `base`."""
-    merged = dict(base)
+    result = dict(base)
     for key, value in over.items():
         below = base.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
 
 
 def check_values(cls: type[StrictConfig], values: dict[str, Any], *, where: str) -> None:

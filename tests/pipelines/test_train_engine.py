@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from faithdiff.pipeline import FaithDiffPipeline
 from faithdiff.schedule import alphas_cumprod
 from pipelines.training.batch_split import BatchSplit
 from pipelines.training.deepspeed_config import (
+    check_override,
     deepspeed_config,
     initialize,
     learning_rate_factor,
@@ -25,6 +27,7 @@ from pipelines.training.deepspeed_config import (
     zero_stage,
 )
 from pipelines.training.recipe import StageConfig, TrainConfig
+from sr_platform.errors import ConfigError
 
 NUM_UPDATES, GLOBAL_BATCH = 3, 8
 STAGES = {
@@ -200,7 +203,7 @@ def test_how_memory_and_time_are_saved_does_not_change_the_update(two_ranks: Any
     agree(two_ranks(run_engine, "align", settings, 2), plain("align", 2), weights=1e-5)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_bf16_sums_in_fp32_so_ranks_and_micro_batches_hardly_matter(two_ranks: Any, zero_stage: int) -> None:
     values = {"precision": "bf16", "zero_stage": zero_stage}
     coarse = two_ranks(run_engine, "align", {**values, "max_micro_batch": 4}, 2)[0]
@@ -218,7 +221,7 @@ def first_update(values: dict[str, Any]) -> bool:
     return is_still and any(value.any() for value in result["moments"].values())
 
 
-CASES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2), ("fp16", 2)]
+CASES = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 2)]
 
 
 @pytest.mark.parametrize(("precision", "zero_stage"), CASES)
@@ -231,11 +234,36 @@ def test_training_starts_from_exact_weights_at_the_learning_rate_that_was_set(
 
 def test_raw_settings_replace_generated_ones_mapping_by_mapping() -> None:
     split = BatchSplit.derive(8, 2, 2)
-    raw = {"zero_optimization": {"overlap_comm": True}, "gradient_clipping": 0.5, "prescale_gradients": True}
+    raw = {"zero_optimization": {"overlap_comm": True}, "steps_per_print": 5, "prescale_gradients": True}
+    check_override(recipe(deepspeed=raw))
     generated, config = deepspeed_config(recipe(), split), deepspeed_config(recipe(deepspeed=raw), split)
     assert config["zero_optimization"] == {**generated["zero_optimization"], "overlap_comm": True}
-    assert (config["gradient_clipping"], config["prescale_gradients"]) == (0.5, True)
+    assert (config["steps_per_print"], config["prescale_gradients"]) == (5, True)
+    assert generated["steps_per_print"] != 5
     assert generated["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"train_batch_size": 4}, "deepspeed.train_batch_size: the recipe decides it; set global_batch instead"),
+        ({"train_micro_batch_size_per_gpu": 4}, "set max_micro_batch instead"),
+        ({"gradient_accumulation_steps": 1}, "set max_micro_batch instead"),
+        ({"gradient_clipping": 0.5}, "set optimizer.max_grad_norm instead"),
+        ({"optimizer": {"type": "Lamb"}}, "set optimizer instead"),
+        ({"scheduler": {"type": "OneCycle"}}, "set learning_rate and warmup_updates of the stage instead"),
+        ({"zero_optimization": {"stage": 3}}, "deepspeed.zero_optimization.stage: the recipe decides it; set zero_st"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "set offload_optimizer instead"),
+        ({"bf16": {"enabled": True}}, "deepspeed.bf16.enabled: the recipe decides it; set precision instead"),
+        ({"fp16": {"enabled": False}}, "deepspeed.fp16.enabled: the recipe decides it; set precision instead"),
+        ({"fp16": True}, "deepspeed.fp16: got True; give a mapping of its settings"),
+        ({"zero_optimization": None}, "deepspeed.zero_optimization: got None; give a mapping of its settings"),
+        ({"optimizer": {}, "bf16": {"enabled": True}}, "optimizer instead; deepspeed.bf16.enabled"),
+    ],
+)
+def test_what_the_recipe_decides_is_no_raw_setting(raw: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_override(recipe(deepspeed=raw))
 
 
 def test_slots_without_a_sample_are_given_to_deepspeed_too() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -144,3 +145,21 @@ def test_a_local_ray_ends_with_the_block():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert ended.stdout.split() == ["True", "False"]
+
+
+def test_workers_of_a_local_ray_inherit_the_password_that_the_uri_does_not_show_them():
+    code = (
+        "from sr_platform import cluster\n"
+        "import os, ray\n"
+        "look = ray.remote(num_cpus=0.1)(lambda: {k: v for k, v in os.environ.items() if k.startswith('MLFLOW_T')})\n"
+        "with cluster.connected(local=True):\n"
+        "    print(ray.get(look.remote(), timeout=60))\n"
+    )
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_T")}
+    given = {**inherited, "MLFLOW_TRACKING_URI": "http://user:p%40ss@mlflow:5000"}
+    shown = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=True)
+    assert ast.literal_eval(shown.stdout) == {
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+        "MLFLOW_TRACKING_USERNAME": "user",
+        "MLFLOW_TRACKING_PASSWORD": "p@ss",
+    }

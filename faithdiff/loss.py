@@ -43,11 +43,14 @@ class NoiseDraws:
     """[B, C, h, w], standard normal: picks the sample of the VAE's posterior."""
 
     def to(self, device: torch.device | str) -> NoiseDraws:
-        return NoiseDraws(
-            self.timesteps.to(device, non_blocking=True),
-            self.noise.to(device, non_blocking=True),
-            self.posterior_noise.to(device, non_blocking=True),
-        )
+        return NoiseDraws(*(upload(tensor, device) for tensor in (self.timesteps, self.noise, self.posterior_noise)))
+
+
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`, without waiting: CUDA copies from ordinary memory only after all it was given before."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def noise_for(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import cv2
@@ -103,6 +103,16 @@ class Batch:
     """Which samples are mirrored."""
     dropped: list[bool] = field(default_factory=list)
     """Which samples have lost their caption."""
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, from which a GPU copies while others work; DataLoader calls it."""
+        return replace(
+            self,
+            hq=None if self.hq is None else self.hq.pin_memory(),
+            lq=self.lq.pin_memory(),
+            time_ids=self.time_ids.pin_memory(),
+            weights=self.weights.pin_memory(),
+        )
 
 
 def draw_item(
@@ -244,13 +254,20 @@ class MicroBatches(Dataset[Batch]):
         return picture
 
 
-def micro_batches(dataset: MicroBatches, first_update: int, last_update: int, *, num_workers: int) -> Iterator[Batch]:
-    """The micro-batches of updates `first_update` .. `last_update` - 1, in order, decoded ahead by `num_workers`."""
+def micro_batches(
+    dataset: MicroBatches, first_update: int, last_update: int, *, num_workers: int, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """The micro-batches of updates `first_update` .. `last_update` - 1, in order, decoded ahead by `num_workers`.
+
+    `pin_memory` is for a GPU, which stands still for copies from ordinary memory.
+    """
     accumulation = dataset.split.accumulation
     numbers = range(first_update * accumulation, last_update * accumulation)
     context: dict[str, Any] = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if num_workers else {}
     # batch_size=None: an item of the dataset is a whole micro-batch already.
-    return iter(DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=num_workers, **context))
+    return iter(
+        DataLoader(dataset, batch_size=None, sampler=numbers, num_workers=num_workers, pin_memory=pin_memory, **context)
+    )
 
 
 def decode(png: bytes) -> Picture | None:

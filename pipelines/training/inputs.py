@@ -15,7 +15,7 @@ from torch import Tensor
 from faithdiff.bundle import load_encoders
 from faithdiff.encodings import Encoding, encoder_digests
 from faithdiff.errors import InputError
-from faithdiff.loss import NoiseDraws, noise_for
+from faithdiff.loss import NoiseDraws, noise_for, upload
 from faithdiff.precision import move
 from faithdiff.text import PromptEmbeds, encode_prompts
 from pipelines.training.batches import ENCODED_SUFFIX, HQ_SUFFIX, Batch, Samples
@@ -121,10 +121,10 @@ class FrozenModels:
             latents=(mean + std * draws.posterior_noise) * self.scaling_factor,
             draws=draws,
             conditions={
-                "lq": batch.lq.to(self.device, non_blocking=True),
+                "lq": upload(batch.lq, self.device),
                 "prompt_embeds": text.prompt_embeds,
                 "pooled_prompt_embeds": text.pooled_prompt_embeds,
-                "time_ids": batch.time_ids.to(self.device, non_blocking=True),
+                "time_ids": upload(batch.time_ids, self.device),
             },
         )
 
@@ -146,10 +146,10 @@ class FrozenModels:
         """Mean and standard deviation [B, C, h, w], unscaled."""
         if self.vae is not None:
             assert batch.hq is not None
-            posterior = self.vae.encode(batch.hq.to(self.device, non_blocking=True)).latent_dist
+            posterior = self.vae.encode(upload(batch.hq, self.device)).latent_dist
             return posterior.mean, posterior.std
         chosen = [(e.mean[int(flip)], e.std[int(flip)]) for e, flip in zip(encodings, batch.flips, strict=True)]
-        mean, std = (torch.stack(tensors).to(self.device, non_blocking=True) for tensors in zip(*chosen, strict=True))
+        mean, std = (upload(torch.stack(tensors), self.device) for tensors in zip(*chosen, strict=True))
         return mean, std
 
     def _stored_text(self, batch: Batch, encodings: Sequence[Encoding]) -> PromptEmbeds:
@@ -162,8 +162,8 @@ class FrozenModels:
             tokens.append(text.prompt_embeds.to(self.dtype))
             pooled.append(text.pooled_prompt_embeds.to(self.dtype))
         return PromptEmbeds(
-            torch.stack(tokens).to(self.device, non_blocking=True),
-            torch.stack(pooled).to(self.device, non_blocking=True),
+            upload(torch.stack(tokens), self.device),
+            upload(torch.stack(pooled), self.device),
         )
 
     def _encode_text(self, captions: Sequence[str]) -> PromptEmbeds:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from pipelines.stages.write import encode_png
 from pipelines.training.batch_split import BatchSplit
@@ -152,6 +154,26 @@ def test_loading_may_start_at_any_update_and_in_another_process(samples, num_wor
     for batch, expected in zip(rest, whole[4:], strict=True):
         torch.testing.assert_close(batch.lq, expected.lq, rtol=0, atol=0)
         assert batch.captions == expected.captions
+
+
+def test_for_a_gpu_every_tensor_of_a_batch_lies_in_pinned_memory(samples: Samples, monkeypatch) -> None:
+    pinned: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(id(copy := tensor.clone()))
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = MicroBatches(samples, BatchSplit(2, 1, 2), rank=0, seed=5, crop=CROP)[0]
+    moved = pin_memory(batch)  # what DataLoader does to each item
+    for field in dataclasses.fields(batch):
+        before, after = getattr(batch, field.name), getattr(moved, field.name)
+        if isinstance(before, torch.Tensor):
+            assert id(after) in pinned
+            assert torch.equal(after, before)
+        else:
+            assert after == before
+    assert len(pinned) == 4
 
 
 @pytest.fixture

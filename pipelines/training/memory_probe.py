@@ -1,7 +1,7 @@
 """How many samples fit: the largest micro-batch whose forward and backward pass goes into memory, measured.
 
 On a GPU sizes are tried out with random inputs. On a CPU, where too much would end the process or slow the machine
-down, two and four samples are measured and the rest is a straight line through them.
+down, two and four samples (or one and two groups that go together) are measured, and the rest is a straight line.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from faithdiff.loss import FaithDiffForTraining, noise_for
 from faithdiff.text import NUM_TOKENS
 from pipelines.training.deepspeed_config import BUCKET_NUMEL, zero_stage
 from pipelines.training.recipe import TrainConfig
+from pipelines.training.start_model import DTYPES
 from sr_platform.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _RESERVE = 0.08
 """Share of the memory left alone: fragmentation, kernels' work space, collectives."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fitting_micro_batch(
@@ -54,12 +54,14 @@ def fitting_micro_batch(
     """
     share = math.ceil(cfg.global_batch / world_size)
     largest = max(1, min(cfg.max_micro_batch, share) // multiple_of)
-    with _placed(module, device, _DTYPES[cfg.precision]):
+    with _placed(module, device, DTYPES[cfg.precision]):
         free_bytes = _free_bytes(device) if limit_bytes is None else limit_bytes
         budget_bytes = free_bytes * (1 - _RESERVE) - optimizer_bytes(module, cfg, world_size)
-        pass_bytes = _pass_bytes(module, cfg.size_px, device)
-        smallest_bytes = pass_bytes(multiple_of)
-        count = largest_fitting(lambda count: pass_bytes(count * multiple_of) <= budget_bytes, largest)
+        pass_bytes = _pass_bytes(module, cfg.size_px, device, multiple_of)
+        # Pictures are restored between updates: copies of the weights need room, but not beside large micro-batches.
+        smallest_bytes = pass_bytes(multiple_of) + _validation_bytes(module, cfg)
+        is_enough = smallest_bytes <= budget_bytes
+        count = largest_fitting(lambda count: is_enough and pass_bytes(count * multiple_of) <= budget_bytes, largest)
     found = torch.tensor(count, device=device)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN)
@@ -88,13 +90,22 @@ def largest_fitting(fits: Callable[[int], bool], largest: int) -> int:
 
 
 def optimizer_bytes(module: FaithDiffForTraining, cfg: TrainConfig, world_size: int) -> int:
-    """What DeepSpeed keeps on a rank's device besides weights, gradients and activations."""
+    """What DeepSpeed and the moving average keep on a rank's device besides weights, gradients and activations."""
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     stage, is_half = zero_stage(cfg), cfg.precision != "fp32"
     state = 0 if cfg.offload_optimizer else (12 if is_half or stage else 8) * trained
+    average = 4 * trained if cfg.average_decay and not cfg.offload_optimizer else 0
     sums = 4 * trained if is_half and not cfg.offload_optimizer else 0
     buckets = 2 * 4 * min(BUCKET_NUMEL, trained) if stage else 0
-    return state // (world_size if stage else 1) + sums // (world_size if stage >= 2 else 1) + buckets
+    shared = average // world_size + state // (world_size if stage else 1) + sums // (world_size if stage >= 2 else 1)
+    return shared + buckets
+
+
+def _validation_bytes(module: FaithDiffForTraining, cfg: TrainConfig) -> int:
+    """The copy of the weights with which pictures are restored (validation.py), as they are now."""
+    if not cfg.validation.num_pictures:
+        return 0
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def random_inputs(
@@ -117,8 +128,13 @@ def random_inputs(
     )
 
 
-def _pass_bytes(module: FaithDiffForTraining, size_px: int, device: torch.device) -> Callable[[int], float]:
-    """Samples -> bytes that a forward and backward pass needs at its peak; infinite where it does not fit."""
+def _pass_bytes(
+    module: FaithDiffForTraining, size_px: int, device: torch.device, multiple_of: int
+) -> Callable[[int], float]:
+    """Samples -> bytes that a forward and backward pass needs at its peak; infinite where it does not fit.
+
+    Samples come in multiples of `multiple_of`.
+    """
 
     def run(num_samples: int) -> None:
         try:
@@ -130,12 +146,13 @@ def _pass_bytes(module: FaithDiffForTraining, size_px: int, device: torch.device
     if device.type == "cuda":
         return lambda num_samples: _cuda_peak_bytes(run, num_samples, device)
     # One sample would mislead: its peak is where the last gradients are, that of many where all activations are.
-    two, four = (_LiveBytes.peak_of(run, num_samples) for num_samples in (2, 4))
-    return lambda num_samples: two + (num_samples - 2) * (four - two) / 2
+    few = max(2, multiple_of)
+    few_bytes, twice_bytes = (_LiveBytes.peak_of(run, num_samples) for num_samples in (few, 2 * few))
+    return lambda num_samples: few_bytes + (num_samples - few) * (twice_bytes - few_bytes) / few
 
 
 def _cuda_peak_bytes(run: Callable[[int], None], num_samples: int, device: torch.device) -> float:
-    """Beside the weights, which are there and not counted as free."""
+    """Beside the weights, which are there already."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from faithdiff.loss import FaithDiffForTraining, trained_parameters
 from faithdiff.pipeline import FaithDiffPipeline
 from faithdiff.schedule import alphas_cumprod
@@ -9,6 +11,9 @@ from faithdiff.variants import with_architecture
 from pipelines.training.recipe import ArchitectureConfig, Stage, TrainConfig
 from sr_platform.folders import fetch_folder
 from sr_platform.model_registry import resolve_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""A recipe's precision -> that of tensors."""
 
 
 def local_model(uri: str) -> str:

@@ -181,7 +181,7 @@ class Sweep:
         left_s = self.deadline_s - time.monotonic()
         if left_s < 5:
             self.errors.append(f"{setting}: not tried, the budget is spent")
-            return
+            return self.write()
         command = [sys.executable, __file__, *self.flags(micro_batches), "--child", json.dumps(asdict(setting))]
         with tempfile.TemporaryFile("w+") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=child_env())  # noqa: S603

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import threading
 import time
@@ -33,15 +34,18 @@ from sr_platform.checkpoints import (
     folder_name,
     update_of,
 )
-from sr_platform.errors import StorageError
+from sr_platform.errors import InputDataError, RequestError, StorageError
 from sr_platform.storage import open_storage
 from sr_platform.train_state import Fragment, Snapshot
 
 PART_BYTES = 128 * 2**20
 """Of tensors in one file at most: a failed upload is sent again as a whole."""
 _PARTS_AT_ONCE = 2
+_DELETIONS_AT_ONCE = 16
 _FIRST_POLL_S = 0.02
 _LONGEST_POLL_S = 5.0
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -69,7 +73,7 @@ class CheckpointWriter:
         self._keep, self._keep_every, self._timeout_s = keep, keep_every_updates, commit_timeout_s
         self._pending: Future[None] | None = None
         # Looked for now, before this attempt has files: a later look could take a newer attempt's for left over.
-        self._left_over = self._find_left_over() if rank == 0 else []
+        self._left_over = self._find_left_over() if rank == 0 else set()
 
     def save(self, update: int, snapshot: Snapshot, meta: dict[str, Any]) -> None:
         """Hands a snapshot over and returns at once, unless the one before is still being written: then it waits.
@@ -115,8 +119,11 @@ class CheckpointWriter:
         if self._rank == 0:
             self._commit(update, snapshot, meta)
         else:
-            # Rank 0 removes the tables once it has committed.
-            self._poll(lambda: None if self._storage.exists(table) else True, f"the commit of {folder} by rank 0")
+            # Rank 0 removes the tables once it has committed, where it may.
+            self._poll(
+                lambda: True if not self._storage.exists(table) or self._is_committed(update) else None,
+                f"the commit of {folder} by rank 0",
+            )
 
     def _write_part(self, folder: str, index: int, pieces: Sequence[_Pending]) -> PartFile:
         name = f"{self._name(self._rank)}.{index:03d}.safetensors"
@@ -151,30 +158,57 @@ class CheckpointWriter:
         problem = damage(table, {name.rpartition("/")[2]: size for name, size in sizes.items()})
         assert not problem, f"{folder}: {problem}"
         self._storage.write_bytes_atomic(f"{folder}/{COMMIT_NAME}", table.model_dump_json().encode())
-        for name in tables:
-            self._storage.delete(name)
-        self._clean_up(update)
+        self._left_over.update(tables)
+        try:
+            self._clean_up(update)
+        except (StorageError, RequestError) as error:
+            logger.warning(
+                "checkpoint: %s: what is not needed any more could not be removed: %s; it is tried again with the next",
+                self._storage.uri,
+                error,
+            )
 
     def _clean_up(self, update: int) -> None:
         """Deletes what the retention does not keep, and what earlier attempts left up to this update."""
-        updates = [u for u in committed_updates(self._storage.list("update_")) if u <= update]
-        for old in updates[: -self._keep]:
+        names = self._storage.list("update_")
+        for old in [u for u in committed_updates(names) if u <= update][: -self._keep]:
             if not self._keep_every or old % self._keep_every:
+                self._left_over.update(n for n in names if update_of(n) == old)
                 # First of all it must stop to be a checkpoint.
                 self._storage.delete(f"{folder_name(old)}/{COMMIT_NAME}")
-                self._storage.delete_all(f"{folder_name(old)}/")
-        for name in [n for n in self._left_over if (update_of(n) or 0) <= update]:
-            self._storage.delete(name)
-            self._left_over.remove(name)
+        due = {name for name in self._left_over if (update_of(name) or 0) <= update}
+        # Looked at again now: a process of a lost attempt may have committed its files meanwhile.
+        in_use = {name for number in {update_of(name) or 0 for name in due} for name in self._committed_files(number)}
+        with ThreadPoolExecutor(_DELETIONS_AT_ONCE) as pool:
+            tuple(pool.map(self._storage.delete, sorted(due - in_use)))
+        self._left_over -= due
 
-    def _find_left_over(self) -> list[str]:
+    def _find_left_over(self) -> set[str]:
         """Files of attempts that ended before their checkpoint was committed."""
         names = [name for name in self._storage.list("update_") if update_of(name) is not None]
         committed = set(committed_updates(names))
         ours = f"{self._attempt}-"
         # Other ranks of this attempt may be writing already; its rank 0 cannot have.
         assert not [n for n in names if n.partition("/")[2].startswith(f"{ours}00000-of-")], "an attempt has a new name"
-        return [n for n in names if update_of(n) not in committed and not n.partition("/")[2].startswith(ours)]
+        return {n for n in names if update_of(n) not in committed and not n.partition("/")[2].startswith(ours)}
+
+    def _is_committed(self, update: int) -> bool:
+        """By this attempt."""
+        table = self._committed(update)
+        return table is not None and table.attempt == self._attempt
+
+    def _committed_files(self, update: int) -> set[str]:
+        """All that belongs to the checkpoint of an update; empty where there is none."""
+        table = self._committed(update)
+        names = (COMMIT_NAME, *(file.name for file in table.files)) if table else ()
+        return {f"{folder_name(update)}/{name}" for name in names}
+
+    def _committed(self, update: int) -> CheckpointTable | None:
+        try:
+            data = self._storage.read_bytes(f"{folder_name(update)}/{COMMIT_NAME}")
+        except InputDataError:
+            return None
+        return CheckpointTable.model_validate_json(data)
 
     def _name(self, rank: int) -> str:
         return f"{self._attempt}-{rank:05d}-of-{self._world_size:05d}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from sr_platform import checkpoint_writer
 from sr_platform.checkpoint_writer import CheckpointWriter
 from sr_platform.checkpoints import CheckpointReader, list_checkpoints, open_checkpoint
-from sr_platform.errors import InputDataError, StorageError
+from sr_platform.errors import InputDataError, RequestError, StorageError
 from sr_platform.storage import Storage
 from sr_platform.train_state import AVERAGE, WEIGHT, Fragment, Snapshot
 
@@ -254,6 +254,67 @@ def test_a_newer_attempts_unfinished_files_are_never_taken_for_left_over(tmp_pat
     assert len([name for name in files_below(tmp_path) if "/new-" in name]) == 2
 
 
+def test_a_lost_attempt_that_commits_late_keeps_its_files(tmp_path: Path) -> None:
+    lost = writers(tmp_path, 2, attempt="lost")
+    lost[1].save(4, snapshot(1, 2, update=4), {})
+    wait_for(lambda: len(files_below(tmp_path)) == 2)
+    (new,) = writers(tmp_path, attempt="new")
+    lost[0].save(4, snapshot(0, 2, update=4), {})
+    for writer in lost:
+        writer.close()
+    save([new], 5)
+    assert list_checkpoints(str(tmp_path)) == [4, 5]
+    assert_holds(opened(tmp_path, 4), 4)
+
+
+def test_what_a_lost_attempt_left_in_the_folder_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    lost = writers(tmp_path, 2, attempt="lost")
+    lost[1].save(4, snapshot(1, 2, update=99), {})
+    wait_for(lambda: len(files_below(tmp_path)) == 2)
+    save(writers(tmp_path, attempt="new"), 4)
+    assert files_below(tmp_path / "update_00000004") == ["checkpoint.json", "new-00000-of-00001.000.safetensors"]
+    assert_holds(opened(tmp_path), 4)
+
+
+@pytest.mark.parametrize("refusal", [StorageError("down"), RequestError("refused: AccessDenied")])
+def test_what_cannot_be_deleted_stops_no_training_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refusal: Exception
+) -> None:
+    ranks, delete = writers(tmp_path, 2, keep=1), Storage.delete
+    save(ranks, 1)
+
+    def delete_tables_alone(self: Storage, name: str) -> None:
+        if name.endswith(".safetensors"):
+            raise refusal
+        delete(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", lambda *_: (_ for _ in ()).throw(refusal))
+        save(ranks, 2)
+        assert list_checkpoints(str(tmp_path)) == [1, 2]
+        patch.setattr(Storage, "delete", delete_tables_alone)
+        save(ranks, 3)
+        assert list_checkpoints(str(tmp_path)) == [3]
+        assert (tmp_path / "update_00000001").exists()
+    assert caplog.text.count(f"could not be removed: {refusal}") == 2
+    save(ranks, 4)
+    assert_holds(opened(tmp_path), 4)
+    assert files_below(tmp_path) == files_below_one(tmp_path, 4)
+
+
+def files_below_one(path: Path, update: int) -> list[str]:
+    """What a checkpoint of two ranks consists of."""
+    names = ["checkpoint.json", *(f"one-0000{rank}-of-00002.000.safetensors" for rank in range(2))]
+    return [f"update_{update:08d}/{name}" for name in names]
+
+
+def wait_for(fact: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 20
+    while not fact():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
 def test_the_newest_stay_and_those_at_multiples(tmp_path: Path) -> None:
     ranks = writers(tmp_path, 2, keep=2, keep_every_updates=4)
     for update in range(1, 10):
@@ -386,6 +447,22 @@ def test_what_a_checkpoint_does_not_hold_is_named(tmp_path: Path) -> None:
     save(writers(tmp_path), 1)
     with pytest.raises(InputDataError, match="has no exp_avg of scale; it has average, weight of 3 parameters"):
         opened(tmp_path).tensor("scale", "exp_avg")
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_byte_that_changed_is_found_when_everything_is_read(
+    tmp_path: Path, request: pytest.FixtureRequest, where: str
+) -> None:
+    uri = str(tmp_path) if where == "local" else request.getfixturevalue("s3_uri")
+    save(writers(uri, 3), 1)
+    opened(uri).verify()
+    storage = Storage(opened(uri).uri)
+    name = "one-00001-of-00003.000.safetensors"
+    data = bytearray(storage.read_bytes(name))
+    data[-1] ^= 1
+    storage.write_bytes_atomic(name, bytes(data))
+    with pytest.raises(InputDataError, match=rf"update_00000001/{name} differs from what was written; give another"):
+        opened(uri).verify()
 
 
 def test_the_digest_tells_checkpoints_apart(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import io
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,12 +24,14 @@ from sr_platform.errors import ConfigError, RequestError
 
 # tyro's titles and pointers, in our words.
 _TYRO_WORDS = (
-    (r"For full helptext.*", ""),
-    (r"Argument helptext:.*", ""),
+    (r"(; )?For full helptext.*", ""),
+    (r"(; )?Argument helptext:.*", ""),
     (r"^Required options Missing from .*?: (?=--)", "required, and missing: "),
     (r"Unrecognized options( Unrecognized options)?:", "unrecognized options:"),
     (r"^(Value error|Invalid choice|Parsing error) ", ""),
 )
+_HELP_INDENT = 8
+"""In tyro's boxes; flags stand further left."""
 RECIPES_PATH = Path(__file__).resolve().parents[2] / "pipelines" / "recipes"
 
 
@@ -49,11 +51,18 @@ ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
 def load_config(
-    cls: type[ConfigT], argv: Sequence[str], *, job: str, description: str = "", recipe: bool = True
+    cls: type[ConfigT],
+    argv: Sequence[str],
+    *,
+    job: str,
+    description: str = "",
+    recipe: bool = True,
+    commands: Sequence[str] = (),
 ) -> ConfigT:
     """The validated configuration of one job: `[recipe.yaml] --flag value ...`.
 
     A recipe is a path, or the bare name of one that ships with the project. With `recipe=False` the job takes none.
+    `commands` are what may stand in its place and is not loaded here; a typo in one is told.
 
     Raises:
         ConfigError: the recipe or a flag is wrong; every problem is named at once.
@@ -63,7 +72,7 @@ def load_config(
     values: dict[str, Any] = {}
     if recipe and args and not args[0].startswith("-"):
         name = args.pop(0)
-        values = read_recipe(name, job=job)
+        values = read_recipe(name, job=job, commands=commands)
         check_values(cls, values, where=f"{job}: {name}")
     refusal = io.StringIO()
     try:
@@ -83,7 +92,7 @@ def load_config(
         raise ConfigError(f"{job}: flags: {_refusal(cls, stop, refusal.getvalue(), args)}") from None
 
 
-def read_recipe(name: str, *, job: str) -> dict[str, Any]:
+def read_recipe(name: str, *, job: str, commands: Sequence[str] = ()) -> dict[str, Any]:
     """The mapping in a YAML recipe, laid over that of the recipe that its key `extends` names, mapping by mapping.
 
     `extends` is looked for beside the recipe, then among those that ship with the project; chains are allowed.
@@ -91,7 +100,7 @@ def read_recipe(name: str, *, job: str) -> dict[str, Any]:
     Raises:
         ConfigError: a recipe is missing, not YAML, not a mapping, or extends itself.
     """
-    return _read_chain(_find_recipe(name, Path(), job=job), name, (), job=job)
+    return _read_chain(_find_recipe(name, Path(), job=job, commands=commands), name, (), job=job)
 
 
 def _read_chain(path: Path, name: str, readers: tuple[Path, ...], *, job: str) -> dict[str, Any]:
@@ -110,16 +119,21 @@ def _read_chain(path: Path, name: str, readers: tuple[Path, ...], *, job: str) -
     return merged(_read_chain(base_path, base, (*readers, path), job=job), values)
 
 
-def _find_recipe(name: str, folder: Path, *, job: str) -> Path:
+def _find_recipe(name: str, folder: Path, *, job: str, commands: Sequence[str] = ()) -> Path:
     """The recipe at `name`, seen from `folder`, or the one of that name that ships with the project."""
     for path in (folder / name, RECIPES_PATH / name):
         if path.is_file():
             return path
     shipped = sorted(path.relative_to(RECIPES_PATH).as_posix() for path in RECIPES_PATH.rglob("*.yaml"))
-    raise ConfigError(
-        f"{job}: recipe {name!r} does not exist; "
-        f"give a path or one of {', '.join(shipped) or '(none)'}{_did_you_mean(name, shipped)}"
-    )
+    near = difflib.get_close_matches(name, shipped, n=5)
+    command = difflib.get_close_matches(name, commands, n=1)
+    if command and not name.endswith((".yaml", ".yml")):
+        advice = f"did you mean the command {command[0]}?"
+    elif near:
+        advice = f"give a path or one of {', '.join(near)}"
+    else:
+        advice = "give a path, or the name of one that ships"
+    raise ConfigError(f"{job}: recipe {name!r} does not exist; {advice}")
 
 
 def _read_mapping(path: Path, name: str, *, job: str) -> dict[str, Any]:
@@ -186,8 +200,7 @@ def _usage(job: str, *, recipe: bool) -> str:
 
 def _refusal(cls: type[StrictConfig], stop: SystemExit, box: str, args: Sequence[str]) -> str:
     """What tyro refused, in one line: pydantic's own words if a value was wrong, else the text of tyro's box."""
-    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500") for line in box.splitlines()]
-    text = " ".join(line for line in lines if line)
+    text = _text_of(box)
     cause: BaseException | None = stop
     while cause is not None and not isinstance(cause, pydantic.ValidationError):
         cause = cause.__context__
@@ -199,8 +212,39 @@ def _refusal(cls: type[StrictConfig], stop: SystemExit, box: str, args: Sequence
         return f"{_join(cls, cause.errors(), inside=inside)}; --help lists every flag"
     for pattern, plain in _TYRO_WORDS:
         text = re.sub(pattern, plain, text)
+    text += _by_initials(cls, text)
     recipe_last = any(arg.endswith((".yaml", ".yml")) for arg in args) and "unrecognized options" in text
     return f"{text.strip()}{'; a recipe comes before the flags' if recipe_last else ''}; --help lists every flag"
+
+
+def _text_of(box: str) -> str:
+    """tyro's box without its frame, its parts divided by semicolons; of a flag that it explains only the name."""
+    parts: list[str] = [""]
+    for line in box.splitlines():
+        inside = line.strip("\u2502\u256d\u256e\u2570\u256f\u2500").rstrip()
+        words, indent_width = inside.strip(), len(inside) - len(inside.lstrip())
+        if not words.strip("\u2500"):
+            parts.append("")
+        elif indent_width < _HELP_INDENT:
+            flags = re.match(r"--\S+(, --\S+)*", words)
+            parts[-1] += f" {flags[0] if flags else words}"
+    text = "; ".join(part.strip() for part in parts if part)
+    return re.sub(r"(--[^\s;,]+) (?=--)", r"\1, ", text)
+
+
+def _by_initials(cls: type[StrictConfig], text: str) -> str:
+    """What was perhaps meant where tyro has no idea: --lr for --optimizer.learning-rate."""
+    unknown = re.search(r"unrecognized options: --(\w+)", text)
+    if unknown is None or "Perhaps you meant" in text:
+        return ""
+    meant = [flag for flag in _flags(cls) if "".join(re.findall(r"\b\w", flag.rpartition(".")[2])) == unknown[1]]
+    return f"; Perhaps you meant: {', '.join(meant)}" if meant else ""
+
+
+def _flags(cls: type[StrictConfig], prefix: str = "--") -> Iterator[str]:
+    for name, field in cls.model_fields.items():
+        nested, flag = _nested_model(field.annotation), prefix + name.replace("_", "-")
+        yield from _flags(nested, f"{flag}.") if nested is not None else [flag]
 
 
 def _has_flag(cls: type[StrictConfig], loc: Sequence[Any]) -> bool:

@@ -184,6 +184,29 @@ def test_what_is_required_and_missing_is_named():
     assert "--crop.size-px" in message
 
 
+def test_of_missing_flags_only_the_names_are_shown():
+    said = "train: flags: required, and missing: --out, --crop.size-px; --help lists every flag"
+    assert refusal("--steps", "3") == said
+    assert refusal("--stepz", "3") == (
+        "train: flags: required, and missing: --out, --crop.size-px; unrecognized options: --stepz 3; "
+        "--help lists every flag"
+    )
+
+
+def test_of_flags_that_were_perhaps_meant_only_the_names_are_shown(recipe):
+    assert refusal(recipe(), "--learning-rate", "3").endswith(
+        "unrecognized options: --learning-rate, 3; Perhaps you meant: --optimizer.learning-rate; "
+        "--help lists every flag"
+    )
+
+
+def test_initials_of_a_flag_are_understood(recipe):
+    said = "unrecognized options: --lr, 3; Perhaps you meant: --optimizer.learning-rate; --help lists every flag"
+    assert said in refusal(recipe(), "--lr", "3")
+    assert "--lr 3; Perhaps you meant: --optimizer.learning-rate; --help" in refusal("--lr", "3")
+    assert "--sp 3; Perhaps you meant: --crop.size-px; --help" in refusal("--sp", "3")
+
+
 def test_a_recipe_after_the_flags_is_explained(recipe):
     assert "a recipe comes before the flags" in refusal("--steps", "3", recipe())
 
@@ -197,6 +220,27 @@ def test_a_recipe_that_does_not_exist_is_named_with_those_that_ship():
     message = refusal("train_nanno.yaml")
     assert "recipe 'train_nanno.yaml' does not exist" in message
     assert "give a path or one of" in message
+
+
+def test_of_many_recipes_only_those_of_a_similar_name_are_shown(folders):
+    folders(shipped={f"train_{name}.yaml": "" for name in "abcdefgh"} | {"other.yaml": ""})
+    message = refusal("train_x.yaml")
+    assert message.startswith("train: recipe 'train_x.yaml' does not exist; give a path or one of train_")
+    assert message.count("train_") == 6
+    assert "other" not in message
+    assert refusal("zzz") == "train: recipe 'zzz' does not exist; give a path, or the name of one that ships"
+
+
+def test_what_resembles_a_command_is_taken_for_one(folders):
+    folders(shipped={"export_all.yaml": ""})
+
+    def said(name):
+        with pytest.raises(ConfigError) as caught:
+            load_config(JobConfig, [name], job="train", commands=("export", "inspect"))
+        return str(caught.value)
+
+    assert said("exprot") == "train: recipe 'exprot' does not exist; did you mean the command export?"
+    assert "one of export_all.yaml" in said("export_al.yaml")
 
 
 @pytest.mark.parametrize(

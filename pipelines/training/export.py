@@ -97,6 +97,7 @@ def read_source(cfg: ExportConfig) -> tuple[FaithDiffPipeline, str]:
     is_released = cfg.source.endswith(RELEASED_SUFFIXES)
     reader = None if is_released or cfg.source.startswith("models:") else find_checkpoint(cfg.source)
     if reader is not None:
+        reader.verify()
         pipeline = pipeline_of(reader, check_model(reader, cfg.model or reader.meta["model"]), cfg.weights)
         return pipeline, f"{reader.uri} of stage {reader.meta['stage']}, {cfg.weights} weights"
     if cfg.weights != "raw":

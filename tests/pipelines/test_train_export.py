@@ -268,6 +268,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
             pipeline_of(reader, "nano", "raw")
 
 
+def test_a_checkpoint_that_was_damaged_is_not_exported(tmp_path: Path) -> None:
+    uri = str(tmp_path / "checkpoints")
+    save_checkpoint(uri, "align")
+    path = min((tmp_path / "checkpoints").rglob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputDataError, match=f"{path.name} differs from what was written"):
+        run(uri, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_digest_of_a_model_is_that_of_its_weights(tmp_path: Path) -> None:
     nano().save_pretrained(tmp_path / "a")
     (tmp_path / "a" / "README.md").write_text("another text")

@@ -28,7 +28,7 @@ _TYRO_WORDS = (
     (r"(; )?Argument helptext:.*", ""),
     (r"^Required options Missing from .*?: (?=--)", "required, and missing: "),
     (r"Unrecognized options( Unrecognized options)?:", "unrecognized options:"),
-    (r"^(Value error|Invalid choice|Parsing error) ", ""),
+    (r"^(Value error|Invalid choice|Parsing error|Missing argument) ", ""),
 )
 _HELP_INDENT = 8
 """In tyro's boxes; flags stand further left."""
@@ -226,7 +226,7 @@ def _text_of(box: str) -> str:
         if not words.strip("\u2500"):
             parts.append("")
         elif indent_width < _HELP_INDENT:
-            flags = re.match(r"--\S+(, --\S+)*", words)
+            flags = re.match(r"--[^\s,]+(, --[^\s,]+)*", words)
             parts[-1] += f" {flags[0] if flags else words}"
     text = "; ".join(part.strip() for part in parts if part)
     return re.sub(r"(--[^\s;,]+) (?=--)", r"\1, ", text)

@@ -198,6 +198,8 @@ def test_of_flags_that_were_perhaps_meant_only_the_names_are_shown(recipe):
         "unrecognized options: --learning-rate, 3; Perhaps you meant: --optimizer.learning-rate; "
         "--help lists every flag"
     )
+    assert "Perhaps you meant: --dry-run, --no-dry-run; --help" in refusal(recipe(), "--dry-rum")
+    assert refusal(recipe(), "--steps").startswith("train: flags: Missing value for argument '--steps'")
 
 
 def test_initials_of_a_flag_are_understood(recipe):

@@ -149,22 +149,6 @@ class TrainState:
         _set_loss_scaler_state(self._engine, reader.loss_scaler)
         _refresh_model(self._engine)
 
-    def reset_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Makes whole fp32 tensors the optimiser's weights, exactly, and the start of the average.
-
-        DeepSpeed takes its fp32 weights from those that it has rounded to the precision of the network already. All
-        ranks must call it together.
-        """
-        self._wait_for_copies()
-        for parts in (self._held, self.fragments):
-            for name, part in parts.items():
-                whole = weights[name].detach()
-                assert tuple(whole.shape) == self.shapes[name], f"{name}: {tuple(whole.shape)}"
-                for kind in part.tensors.keys() & {WEIGHT, AVERAGE}:
-                    tensor = part.tensors[kind]
-                    tensor.copy_(whole.reshape(-1)[part.start : part.start + tensor.numel()])
-        _refresh_model(self._engine)
-
     def _copy(self, target: dict[str, dict[str, Tensor]], steps: Tensor) -> None:
         for name, part in self.fragments.items():
             for kind, tensor in part.tensors.items():

@@ -22,8 +22,6 @@ class FiniteGuard:
     def __init__(self, engine: Any, *, loss_scale_floor: float = 1.0) -> None:
         """`loss_scale_floor` is for fp16: the smallest scale with which training goes on."""
         self.engine, self.loss_scale_floor = engine, loss_scale_floor
-        self.skipped_updates = 0
-        """Updates of this process so far that moved no weight."""
         self._is_loss_finite = torch.ones((), dtype=torch.bool, device=engine.device)
         self._updates: list[int] = []
         self._flags: list[Tensor] = []
@@ -64,7 +62,6 @@ class FiniteGuard:
         flags = torch.stack(self._flags).to(torch.uint8)
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         rows: Sequence[tuple[int, int]] = flags.tolist()
-        self.skipped_updates += sum(is_skipped for _, is_skipped in rows)
         is_fp16 = self.engine.fp16_enabled()
         wrong = [is_loss_wrong if is_fp16 else is_skipped for is_loss_wrong, is_skipped in rows]
         found = [update for update, is_wrong in zip(self._updates, wrong, strict=True) if is_wrong]

@@ -32,14 +32,6 @@ def flops_per_sample(module: nn.Module, inputs: tuple[Any, ...]) -> int:
     return int(counter.get_total_flops()) // max(1, losses.numel())
 
 
-def forward_flops_per_sample(module: nn.Module, inputs: Tensor) -> int:
-    """Operations of a frozen network on one of the samples `inputs` [B, ...], as VAE and text encoders run beside."""
-    state = {name: _like(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        torch.func.functional_call(module, state, (_on_meta(inputs),))
-    return int(counter.get_total_flops()) // len(inputs)
-
-
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of large matrix products here and now, measured for half a second; waits for the device."""
     size = _MATRIX_SIZE["cuda" if device.type == "cuda" else "cpu"]

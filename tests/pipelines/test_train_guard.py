@@ -103,7 +103,7 @@ def train(precision: str, zero_stage: int) -> dict[str, Any]:
     is_finite = all(bool(tensor.isfinite().all()) for tensor in state_of(engine))
     norm = float(engine.get_global_grad_norm())
     engine.destroy()
-    return {"moved": moved, "found": found, "skipped": guard.skipped_updates, "is_finite": is_finite, "norm": norm}
+    return {"moved": moved, "found": found, "is_finite": is_finite, "norm": norm}
 
 
 CASES = [("fp32", 0), *((precision, stage) for precision in ("fp32", "bf16", "fp16") for stage in (1, 2, 3))]
@@ -115,7 +115,6 @@ def test_a_bad_sample_on_one_rank_moves_nothing_on_any(two_ranks: Any, precision
         assert result["moved"] == [1, 3, 6, 7]
         # In fp16 a gradient that overflows is the loss scale's business.
         assert result["found"] == ([[2], [4]] if precision == "fp16" else [[2], [4, 5]])
-        assert result["skipped"] == 3
         assert result["is_finite"]
         assert 0 < result["norm"] < 100
 

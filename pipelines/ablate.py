@@ -235,7 +235,7 @@ def start_parent_run(cfg: AblateConfig, runs: Tracking) -> str:
 def publish(cfg: AblateConfig, runs: Tracking, run_id: str, accounts: Sequence[Account]) -> None:
     """Writes table, records and figure to `out` and into the sweep's run."""
     text = report(cfg, accounts)
-    records = {"base": cfg.base, "tracking_uri": runs.uri, "rows": comparison_records(accounts, REFERENCE)}
+    records = {"base": cfg.base, "tracking_uri": runs.shown_uri, "rows": comparison_records(accounts, REFERENCE)}
     figure = comparison_figure(accounts, REFERENCE, f"Ablations of Tables 5 and 6, {cfg.base}, same samples and noise")
     png = io.BytesIO()
     figure.savefig(png, format="png")

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
         return
-    cfg = load_config(PrepareConfig, argv, job="prepare", description=__doc__ or "")
+    cfg = load_config(PrepareConfig, argv, job="prepare", description=__doc__ or "", commands=tuple(commands))
     if cfg.dry_run:
         print_estimate(cfg)
     else:

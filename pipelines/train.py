@@ -32,7 +32,9 @@ from sr_platform import cluster
 from sr_platform.config import load_config, run_job
 from sr_platform.errors import ConfigError
 from sr_platform.folders import folder_exists, published_digest
+from sr_platform.mlflow_client import without_credentials
 from sr_platform.observability import configure_logging
+from sr_platform.ownership import owned
 from sr_platform.tracking import Tracking, tracking_uri
 
 logger = logging.getLogger("pipelines.train")
@@ -56,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     if argv and argv[0] == "export":
         export.main(argv[1:])
         return
-    cfg = load_config(TrainConfig, argv, job="train", description=__doc__ or "")
+    cfg = load_config(TrainConfig, argv, job="train", description=__doc__ or "", commands=("export",))
     configure_logging()
     print(summary(train(cfg)))
 
@@ -76,7 +78,7 @@ def train(cfg: TrainConfig) -> TrainResult:
     with cluster.connected(num_cpus=max(4, workers_cpus + 1)):
         check_resources(cfg)
         runs = Tracking.open(default_path=default_path, experiment=cfg.experiment)
-        with recorded_run(runs, request) as record:
+        with owned(cfg.out), recorded_run(runs, request) as record:
             return run_stages(request, runs, record)
 
 
@@ -121,10 +123,11 @@ def summary(result: TrainResult) -> str:
         f"  registered {result.registered_uri}",
         f"  run        {result.run_id}",
     ]
-    if result.tracking_uri.startswith("sqlite:"):
-        lines.append(f"  look at it mlflow ui --backend-store-uri {result.tracking_uri}")
+    shown_uri = without_credentials(result.tracking_uri)
+    if shown_uri.startswith("sqlite:"):
+        lines.append(f"  look at it mlflow ui --backend-store-uri {shown_uri}")
     else:
-        lines.append(f"  look at it {result.tracking_uri}")
+        lines.append(f"  look at it {shown_uri}")
     return "\n".join(lines)
 
 

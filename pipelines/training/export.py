@@ -28,7 +28,7 @@ from faithdiff import bundle
 from faithdiff.checkpoint import load_released, save_released
 from faithdiff.pipeline import FaithDiffPipeline
 from pipelines.training.recipe import ArchitectureConfig
-from pipelines.training.start_model import load_model, local_model
+from pipelines.training.start_model import DTYPES, load_model, local_model
 from sr_platform.checkpoints import CheckpointReader, open_checkpoint, update_of
 from sr_platform.config import StrictConfig, load_config
 from sr_platform.errors import ConfigError, InputDataError
@@ -41,7 +41,6 @@ Weights = Literal["raw", "averaged"]
 RELEASED_SUFFIXES = (".bin", ".pt", ".safetensors")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _KINDS: dict[Weights, str] = {"raw": WEIGHT, "averaged": AVERAGE}
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ExportConfig(StrictConfig):
@@ -76,7 +75,7 @@ def export(cfg: ExportConfig) -> str:
     if _is_taken(target):
         raise ConfigError(f"to: {cfg.to} exists; give another place")
     pipeline, origin = read_source(cfg)
-    pipeline.to("cpu", _DTYPES[cfg.dtype])
+    pipeline.to("cpu", DTYPES[cfg.dtype])
     is_file = cfg.to.endswith(RELEASED_SUFFIXES)
     digest, size_bytes = (_write_released if is_file else _write_folder)(pipeline, target.uri)
     parts = ("unet", "lq_encoder") if is_file else bundle.MODELS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import tempfile
 import threading
 import uuid
@@ -173,7 +174,7 @@ def progress_bar(log: RunLog, stage: Stage, num_updates: int) -> Iterator[None]:
             latest = log.latest()
             if latest.get("train/updates", 0) != bar.n:
                 bar.n = int(latest["train/updates"])
-                bar.set_postfix_str(f"loss {latest['train/loss']:.4f}")
+                bar.set_postfix_str(f"loss {latest.get('train/loss', math.nan):.4f}")
 
     with tqdm(total=num_updates, desc=f"stage {stage}", unit="update") as bar:
         thread = threading.Thread(target=follow, args=(bar,), daemon=True)

@@ -34,7 +34,7 @@ from pipelines.training.metrics import Reporter
 from pipelines.training.progress import Progress
 from pipelines.training.result import write_model
 from pipelines.training.stage_job import StageJob
-from pipelines.training.start_model import load_model, trainable_module
+from pipelines.training.start_model import DTYPES, load_model, trainable_module
 from pipelines.training.throughput import flops_per_sample, measured_peak_flops
 from pipelines.training.validation import Validation
 from sr_platform.checkpoint_writer import CheckpointWriter
@@ -45,7 +45,6 @@ from sr_platform.train_state import TrainState
 
 _ASK_EVERY_S = 5.0
 """Between two questions whether a node is about to go; spot nodes say so 30 to 120 s before."""
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 logger = logging.getLogger("pipelines.train")
 
@@ -91,7 +90,7 @@ class Worker:
         self.frozen = FrozenModels(
             pipeline,
             device=self.device,
-            dtype=_DTYPES[cfg.precision],
+            dtype=DTYPES[cfg.precision],
             seed=self.seed,
             noise_offset=cfg.noise_offset,
             stored=job.stored,
@@ -144,7 +143,7 @@ class Worker:
             return None
         cpu = torch.device("cpu")
         inputs = random_inputs(module, self._samples_together, size_px=self.cfg.size_px, device=cpu)
-        peak_flops = measured_peak_flops(self.device, _DTYPES[self.cfg.precision])
+        peak_flops = measured_peak_flops(self.device, DTYPES[self.cfg.precision])
         return Reporter(self.job, self.split, flops_per_sample(module, inputs), peak_flops)
 
     def _writer(self) -> CheckpointWriter:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pipelines.training.recipe import Stage, TrainConfig
 from pipelines.training.request import check_request
 from sr_platform.checkpoints import list_checkpoints
 from sr_platform.config import load_config
-from sr_platform.errors import ConfigError
+from sr_platform.errors import ConfigError, InputDataError
 from sr_platform.folders import published_digest
 from sr_platform.tracking import Tracking
 
@@ -243,6 +244,24 @@ def test_a_run_goes_on_from_any_checkpoint_as_if_it_had_never_stopped(alone, tmp
         alone("align", "--resume-from", str(tmp_path))
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sample_that_turns_out_to_be_damaged_ends_the_job_in_one_line_that_names_it(
+    local_ray, prepared_dataset: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    data = tmp_path / "data"
+    shutil.copytree(prepared_dataset, data)
+    for shard in (data / "shards").iterdir():
+        shard.write_bytes(shard.read_bytes().replace(b"IHDR", b"XXXX"))
+    flags = ["--data", str(data), "--out", str(tmp_path / "out"), "--max-failures", "0", "--num-workers", "1"]
+    with pytest.raises(
+        InputDataError, match=r"a picture of sample s\d-\d is damaged; run pipelines/prepare.py"
+    ) as refusal:
+        job.train(config(*flags))
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -273,8 +292,6 @@ def test_a_wrong_request_is_refused_before_anything_starts_or_is_written(
 
 
 def test_a_missing_or_truncated_shard_is_found_before_anything_starts(prepared_dataset: str, tmp_path: Path) -> None:
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(prepared_dataset, data)
     shard = data / "shards" / "train-000001.tar"

@@ -55,7 +55,8 @@ def test_an_unsteady_s3_and_a_lost_tracking_server_and_worker_cost_no_update_no_
     cluster = request.getfixturevalue("cluster")
     job = training(cluster, FLAGS, out=f"{unsteady.uri}/train")
     suffer(job, mlflow_server)
-    assert len(unsteady.injected) > 3, unsteady.injected
+    print(f"injected: {dict(unsteady.injected)}")
+    assert {fault for _, fault in unsteady.injected} >= {"500", "503", "reset", "lost"}
     calm = undisturbed(FLAGS)
     client, run_id = MlflowClient(mlflow_server.uri), read_record(job.out)["run_id"]
     assert_account(account(client, run_id), account(MlflowClient(calm.tracking_uri), calm.run_id))

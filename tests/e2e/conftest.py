@@ -127,20 +127,25 @@ def training(prepared_dataset: str, tmp_path: Path) -> Iterator[Callable[..., Tr
             job.driver.wait()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def undisturbed(
-    prepared_dataset: str, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+    prepared_dataset: str, tmp_path_factory: pytest.TempPathFactory, local_ray: None
 ) -> Callable[[list[str]], Any]:
-    """`undisturbed(flags)`: the TrainResult of a run without losses, in a local folder with its own MLflow file."""
+    """`undisturbed(flags)`: the TrainResult of a run without losses, made once, in a folder of its own."""
     from pipelines import train as job
     from pipelines.training.recipe import TrainConfig
     from sr_platform.config import load_config
 
+    made: dict[tuple[str, ...], Any] = {}
+
     def run(flags: list[str]) -> Any:
-        args = ["train_nano.yaml", "--data", prepared_dataset, *flags, "--out", str(tmp_path / "calm")]
-        with monkeypatch.context() as patch:
-            patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-            return job.train(load_config(TrainConfig, args, job="train"))
+        if tuple(flags) not in made:
+            out = str(tmp_path_factory.mktemp("calm"))
+            args = ["train_nano.yaml", "--data", prepared_dataset, *flags, "--out", out]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+                made[tuple(flags)] = job.train(load_config(TrainConfig, args, job="train"))
+        return made[tuple(flags)]
 
     return run
 

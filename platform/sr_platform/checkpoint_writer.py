@@ -11,6 +11,7 @@ thread ends with the process, and what it has not committed by then does not cou
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -119,11 +120,10 @@ class CheckpointWriter:
         if self._rank == 0:
             self._commit(update, snapshot, meta)
         else:
-            # Rank 0 removes the tables once it has committed, where it may.
-            self._poll(
-                lambda: True if not self._storage.exists(table) or self._is_committed(update) else None,
-                f"the commit of {folder} by rank 0",
-            )
+            self._poll(lambda: self._is_committed(update) or None, f"the commit of {folder} by rank 0")
+        # By the rank that wrote it: to write again what seemed to fail would bring back what another rank removed.
+        self._left_over.add(table)
+        self._clean_up(update)
 
     def _write_part(self, folder: str, index: int, pieces: Sequence[_Pending]) -> PartFile:
         name = f"{self._name(self._rank)}.{index:03d}.safetensors"
@@ -158,9 +158,13 @@ class CheckpointWriter:
         problem = damage(table, {name.rpartition("/")[2]: size for name, size in sizes.items()})
         assert not problem, f"{folder}: {problem}"
         self._storage.write_bytes_atomic(f"{folder}/{COMMIT_NAME}", table.model_dump_json().encode())
-        self._left_over.update(tables)
+
+    def _clean_up(self, update: int) -> None:
+        """Deletes what is not needed once `update` is committed; what cannot be deleted is told and tried again."""
         try:
-            self._clean_up(update)
+            if self._rank == 0:
+                self._retire(update)
+            self._delete_left_over(update)
         except (StorageError, RequestError) as error:
             logger.warning(
                 "checkpoint: %s: what is not needed any more could not be removed: %s; it is tried again with the next",
@@ -168,14 +172,15 @@ class CheckpointWriter:
                 error,
             )
 
-    def _clean_up(self, update: int) -> None:
-        """Deletes what the retention does not keep, and what earlier attempts left up to this update."""
+    def _retire(self, update: int) -> None:
+        """Checkpoints up to `update` that the retention does not keep stop to count."""
         names = self._storage.list("update_")
         for old in [u for u in committed_updates(names) if u <= update][: -self._keep]:
             if not self._keep_every or old % self._keep_every:
                 self._left_over.update(n for n in names if update_of(n) == old)
-                # First of all it must stop to be a checkpoint.
                 self._storage.delete(f"{folder_name(old)}/{COMMIT_NAME}")
+
+    def _delete_left_over(self, update: int) -> None:
         due = {name for name in self._left_over if (update_of(name) or 0) <= update}
         # Looked at again now: a process of a lost attempt may have committed its files meanwhile.
         in_use = {name for number in {update_of(name) or 0 for name in due} for name in self._committed_files(number)}
@@ -184,13 +189,17 @@ class CheckpointWriter:
         self._left_over -= due
 
     def _find_left_over(self) -> set[str]:
-        """Files of attempts that ended before their checkpoint was committed."""
+        """Files of attempts that ended before a commit, or before they had cleaned up after one.
+
+        Those of a checkpoint are among them where another attempt's lie beside: they are sorted out on deletion.
+        """
         names = [name for name in self._storage.list("update_") if update_of(name) is not None]
-        committed = set(committed_updates(names))
-        ours = f"{self._attempt}-"
+        ours = {name for name in names if name.partition("/")[2].startswith(f"{self._attempt}-")}
         # Other ranks of this attempt may be writing already; its rank 0 cannot have.
-        assert not [n for n in names if n.partition("/")[2].startswith(f"{ours}00000-of-")], "an attempt has a new name"
-        return {n for n in names if update_of(n) not in committed and not n.partition("/")[2].startswith(ours)}
+        assert not [n for n in ours if f"/{self._attempt}-00000-of-" in n], "an attempt has a new name"
+        folders = [list(files) for _, files in itertools.groupby(names, update_of)]
+        untidy = {name for files in folders if not _is_tidy(files) for name in files}
+        return {name for name in untidy - ours if not name.endswith(f"/{COMMIT_NAME}")}
 
     def _is_committed(self, update: int) -> bool:
         """By this attempt."""
@@ -231,6 +240,13 @@ class _Pending(NamedTuple):
     kind: str
     start: int
     tensor: Tensor
+
+
+def _is_tidy(files: Sequence[str]) -> bool:
+    """A checkpoint, and nothing but its own files."""
+    tables = [name for name in files if name.endswith(".json")]
+    attempts = {name.rpartition("-of-")[0].rpartition("-")[0] for name in files if name not in tables}
+    return [name.rpartition("/")[2] for name in tables] == [COMMIT_NAME] and len(attempts) <= 1
 
 
 def _parts(fragments: Mapping[str, Fragment]) -> Iterator[list[_Pending]]:

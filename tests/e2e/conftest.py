@@ -91,6 +91,24 @@ class Training:
             self.cluster.remove_node(self.training_node(), allow_graceful=False)
             self.cluster.add_node(num_cpus=1)
 
+    def drain(self, node: Any, *, notice_s: int) -> None:
+        """What a spot notice becomes: the node takes nothing new and will be gone when the notice has run out."""
+        import ray
+        from ray._raylet import GcsClient
+
+        reason = ray.core.generated.autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int((time.time() + notice_s) * 1000)
+        GcsClient(address=self.cluster.address).drain_node(node.node_id, reason, "spot notice", deadline_ms)
+
+    def parting_update(self, every: int, timeout_s: float = 60) -> int:
+        """The checkpoint that was not due, once it is there; there is no other."""
+        deadline_s = time.monotonic() + timeout_s
+        while not (parting := [update for update in list_checkpoints(self.checkpoints) if update % every]):
+            assert time.monotonic() < deadline_s, self.log()
+            time.sleep(0.2)
+        assert len(parting) == 1, parting
+        return parting[0]
+
     def workers(self) -> list[psutil.Process]:
         return [worker for node in self.cluster.list_all_nodes() for worker in self._workers_of(node)]
 

@@ -1,163 +1,66 @@
-"""What the service counts, in Prometheus' form: the metrics, and a function for everything that is worth counting.
+"""GET /metrics: what all gateways and restorers count, behind one address, and what the job database knows.
 
-Each function counts in this process and costs about a microsecond; `serve.scrape` shows the sum of all processes. Label
-values come from short lists: routes, size classes, states, kinds of problems; never a key or a job.
+The label `replica` says which process counted; series without it are true of the service. `sr_platform.metrics` brings
+the processes together; what is asked for at a scrape is asked for in a thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import logging
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
-from fastapi import Request
-from prometheus_client import Counter, Gauge, Histogram, ProcessCollector
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+from pydantic import Field
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sr_platform.metrics import REGISTRY
+from serve.measurements import NO_SIZE, observe_request, size_class
+from serve.problems import Problem
+from sr_platform.config import StrictConfig
+from sr_platform.metrics import CONTENT_TYPE, exposition
 
-# Upper bounds in megapixels of the result.
-_SIZE_CLASSES = (("small", 1.0), ("medium", 8.0), ("large", 32.0))
-SIZE_CLASSES = (*(name for name, _ in _SIZE_CLASSES), "huge")
-_NO_SIZE = "none"
-_NO_CAUSE = "none"
-_WAITS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
-_STEPS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+logger = logging.getLogger(__name__)
 
-ProcessCollector(namespace="faithdiff", registry=REGISTRY)
-_REQUEST_SECONDS = Histogram(
-    "faithdiff_request_seconds",
-    "From a request to the first byte of its answer, by route and size of the result",
-    ("route", "size_class"),
-    buckets=_WAITS_S,
-    registry=REGISTRY,
+_FORWARDED = ("forwarded", "x-forwarded-for")
+_STATES_OF_REPLICAS = ("RUNNING", "STARTING", "UPDATING", "STOPPING", "RECOVERING", "PENDING_MIGRATION")
+
+# True of the service, not of a process: read when somebody asks, and shared with nobody.
+_SERVICE = CollectorRegistry()
+_JOBS = Gauge("faithdiff_jobs", "Jobs that have not ended, by state", ("state",), registry=_SERVICE)
+_QUEUED_MEGAPIXELS = Gauge("faithdiff_queued_megapixels", "Megapixels of results that wait", registry=_SERVICE)
+_QUEUED_WORK = Gauge(
+    "faithdiff_queued_megapixel_steps", "Megapixel-steps of jobs that have not ended", registry=_SERVICE
 )
-_REQUESTS = Counter("faithdiff_requests", "Answers by route and HTTP status", ("route", "status"), registry=REGISTRY)
-_UPLOAD_BYTES = Counter("faithdiff_upload_bytes", "Bytes of pictures that were sent", registry=REGISTRY)
-_REFUSALS = Counter(
-    "faithdiff_refusals", "Requests told to come again later, by reason", ("reason",), registry=REGISTRY
-)
-_WEBHOOKS = Counter("faithdiff_webhooks", "Webhook calls by outcome", ("outcome",), registry=REGISTRY)
-_QUEUE_SECONDS = Histogram(
-    "faithdiff_queue_seconds",
-    "From acceptance to the first work on a picture",
-    ("size_class",),
-    buckets=_WAITS_S,
-    registry=REGISTRY,
-)
-_PICTURE_SECONDS = Histogram(
-    "faithdiff_picture_seconds",
-    "From acceptance to the end, of pictures that were restored",
-    ("size_class",),
-    buckets=_WAITS_S,
-    registry=REGISTRY,
-)
-_PICTURES = Counter(
-    "faithdiff_pictures",
-    "Pictures by end state and by the problem of those that failed",
-    ("state", "cause"),
-    registry=REGISTRY,
-)
-_TAKEOVERS = Counter("faithdiff_takeovers", "Jobs taken over from a replica that was lost", registry=REGISTRY)
-_PIXELS = Counter("faithdiff_pixels", "Pixels of results", registry=REGISTRY)
-_DEVICE_SECONDS = Counter(
-    "faithdiff_device_seconds", "Seconds a device worked on pictures: the cost", registry=REGISTRY
-)
-_STEP_SECONDS = Histogram(
-    "faithdiff_step_seconds", "Duration of one denoising step of a batch", buckets=_STEPS_S, registry=REGISTRY
-)
-_STEPS = Counter("faithdiff_steps", "Denoising steps, each of one picture", registry=REGISTRY)
-_MEGAPIXEL_STEPS = Counter("faithdiff_megapixel_steps", "Denoising steps x megapixels of the result", registry=REGISTRY)
-_TILES = Counter("faithdiff_batch_tiles", "Tiles in the batches that ran", registry=REGISTRY)
-_SLOTS = Counter("faithdiff_batch_slots", "Tiles that would have fitted into these batches", registry=REGISTRY)
-_ENTRIES = Gauge("faithdiff_entries", "Pictures in hand, by phase", ("phase",), registry=REGISTRY)
-_MEGAPIXELS = Gauge("faithdiff_megapixels_in_hand", "Megapixels of results being made", registry=REGISTRY)
-_FREE_MEGAPIXELS = Gauge("faithdiff_megapixels_free", "Megapixels of results there is room for", registry=REGISTRY)
-_GPU_USED = Gauge("faithdiff_gpu_memory_used_bytes", "Memory of the GPU in use; 0 on a CPU", registry=REGISTRY)
-_GPU_TOTAL = Gauge("faithdiff_gpu_memory_total_bytes", "Memory of the GPU; 0 on a CPU", registry=REGISTRY)
-_COLD_START = Gauge(
-    "faithdiff_cold_start_seconds", "What it took to become ready, by part", ("part",), registry=REGISTRY
-)
-_MODEL = Gauge("faithdiff_model_info", "1 for the model a replica serves", ("model", "version"), registry=REGISTRY)
-
-_PHASES = ("prepare", "denoise", "finish")
+_OLDEST_QUEUED = Gauge("faithdiff_oldest_queued_seconds", "Age of the oldest job that waits", registry=_SERVICE)
+_STORE_UP = Gauge("faithdiff_store_up", "1 where the job database answers", registry=_SERVICE)
+_REPLICAS = Gauge("faithdiff_replicas", "Restorers by state", ("state",), registry=_SERVICE)
 
 
-def size_class(megapixels: float) -> str:
-    """small, medium, large or huge, for a result of so many megapixels."""
-    return next((name for name, most in _SIZE_CLASSES if megapixels <= most), "huge")
+class MetricsConfig(StrictConfig):
+    """Who may read GET /metrics."""
+
+    token_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """SHA-256, in hex, of the bearer token that a scraper has to send; without it only this machine may ask."""
 
 
-def observe_request(route: str, status: int, seconds: float, *, size: str = _NO_SIZE) -> None:
-    """An answered request; `route` is the pattern, such as /v1/jobs/{job_id}, and `seconds` to its first byte."""
-    _REQUESTS.labels(route, str(status)).inc()
-    _REQUEST_SECONDS.labels(route, size).observe(seconds)
+class Backlog(Protocol):
+    """What of the job database's backlog is shown."""
 
-
-def count_upload(num_bytes: int) -> None:
-    _UPLOAD_BYTES.inc(num_bytes)
-
-
-def count_refusal(reason: str) -> None:
-    """Somebody was told to come again later; `reason` is the kind of the problem."""
-    _REFUSALS.labels(reason).inc()
-
-
-def count_webhook(outcome: str) -> None:
-    """delivered, retried or given-up."""
-    _WEBHOOKS.labels(outcome).inc()
-
-
-def observe_queue(megapixels: float, seconds: float) -> None:
-    """Work on a picture begins, `seconds` after it was accepted."""
-    _QUEUE_SECONDS.labels(size_class(megapixels)).observe(max(0.0, seconds))
-
-
-def count_takeover() -> None:
-    """A job whose last replica was lost is claimed again."""
-    _TAKEOVERS.inc()
-
-
-def observe_end(
-    state: str, *, megapixels: float, seconds: float, device_seconds: float = 0.0, cause: str = _NO_CAUSE
-) -> None:
-    """A picture is done, failed, cancelled or expired, `seconds` after it was accepted; `cause` is a problem's kind."""
-    _PICTURES.labels(state, cause).inc()
-    _DEVICE_SECONDS.inc(device_seconds)
-    if state == "done":
-        _PICTURE_SECONDS.labels(size_class(megapixels)).observe(max(0.0, seconds))
-        _PIXELS.inc(megapixels * 1e6)
-
-
-def observe_step(*, num_pictures: int, num_tiles: int, num_slots: int, megapixels: float, seconds: float) -> None:
-    """One step of a batch: `num_tiles` of `num_slots`, of so many pictures, worth `megapixels` of their results."""
-    _STEP_SECONDS.observe(seconds)
-    _STEPS.inc(num_pictures)
-    _MEGAPIXEL_STEPS.inc(megapixels)
-    _TILES.inc(num_tiles)
-    _SLOTS.inc(num_slots)
-
-
-def set_load(entries: Mapping[str, int], *, megapixels: float, free_megapixels: float) -> None:
-    """What a replica has in hand now, by phase."""
-    for phase in {*_PHASES, *entries}:
-        _ENTRIES.labels(phase).set(entries.get(phase, 0))
-    _MEGAPIXELS.set(megapixels)
-    _FREE_MEGAPIXELS.set(free_megapixels)
-
-
-def set_gpu_memory(*, used_bytes: int, total_bytes: int) -> None:
-    _GPU_USED.set(used_bytes)
-    _GPU_TOTAL.set(total_bytes)
-
-
-def set_cold_start(*, download_s: float, load_s: float, compile_s: float) -> None:
-    for part, seconds in (("download", download_s), ("load", load_s), ("compile", compile_s)):
-        _COLD_START.labels(part).set(seconds)
-
-
-def set_model(model: str, version: str) -> None:
-    """The model that this replica serves from now on."""
-    _MODEL.clear()
-    _MODEL.labels(model, version).set(1)
+    @property
+    def num_queued(self) -> int: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def queued_megapixels(self) -> float: ...
+    @property
+    def work(self) -> float: ...
+    @property
+    def oldest_queued_s(self) -> float: ...
 
 
 def note_size(request: Request, megapixels: float) -> None:
@@ -165,28 +68,125 @@ def note_size(request: Request, megapixels: float) -> None:
     request.state.size_class = size_class(megapixels)
 
 
-def request_size_class(scope: Mapping[str, Any]) -> str:
-    """What `note_size` noted of the request with this ASGI scope, or "none"."""
-    return str(scope.get("state", {}).get("size_class", _NO_SIZE))
+def install_metrics(
+    api: FastAPI,
+    cfg: MetricsConfig,
+    *,
+    process: str = "local",
+    backlog: Callable[[], Backlog] | None = None,
+    replica_states: Callable[[], Mapping[str, int]] | None = None,
+) -> None:
+    """Counts every request of `api`, and answers GET /metrics.
+
+    `process` is the name under which this process shares its metrics. `backlog` and `replica_states` (see
+    `states_of_deployment`) are asked at every scrape, in a thread; one that raises is told by a missing value.
+    """
+
+    async def metrics(request: Request) -> Response:
+        """Metrics of all gateways and restorers, as Prometheus reads them."""
+        check_scraper(request, cfg)
+        text = await asyncio.to_thread(_scrape, process, backlog, replica_states)
+        return Response(text, media_type=CONTENT_TYPE)
+
+    api.add_middleware(CountedRequests)
+    api.get("/metrics", response_class=Response, include_in_schema=False)(metrics)
 
 
-def cause_of(problem: Mapping[str, object] | None) -> str:
-    """The kind of a problem in JSON, as `observe_end` wants it."""
-    return str((problem or {}).get("type", _NO_CAUSE)).rpartition(":")[2]
+def check_scraper(request: Request, cfg: MetricsConfig) -> None:
+    """Raises Problem 401 without the token; 403 without one configured, for whoever is not on this machine."""
+    if cfg.token_sha256 is not None:
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(token.strip().encode()).hexdigest()
+        if scheme.lower() != "bearer" or not hmac.compare_digest(digest, cfg.token_sha256):
+            raise Problem(401, "unauthorized", "metrics: send the header 'Authorization: Bearer <token of metrics>'")
+        return
+    # A proxy on this machine may ask for somebody else.
+    peer = request.client.host if request.client else ""
+    if any(name in request.headers for name in _FORWARDED) or not _is_loopback(peer):
+        raise Problem(
+            403, "local-only", "metrics: only this machine may ask; the operator may set metrics.token_sha256"
+        )
 
 
-def _begin_at_zero() -> None:
-    """Series that everybody wants to see before the first event; a rate would miss what makes a series appear."""
-    for size in SIZE_CLASSES:
-        _QUEUE_SECONDS.labels(size)
-        _PICTURE_SECONDS.labels(size)
-        _REQUEST_SECONDS.labels("/v1/upscale", size)
-    for state in ("done", "cancelled", "expired"):
-        _PICTURES.labels(state, _NO_CAUSE)
-    _PICTURES.labels("failed", "internal-error")
-    for outcome in ("delivered", "retried", "given-up"):
-        _WEBHOOKS.labels(outcome)
-    _REFUSALS.labels("limit-reached")
+def states_of_deployment(application: str, deployment: str) -> Mapping[str, int]:
+    """How many replicas of a deployment are in which state, as Ray Serve's controller knows it."""
+    from ray import serve
+
+    status = serve.status().applications.get(application)
+    found = status.deployments.get(deployment) if status else None
+    return {str(getattr(state, "value", state)): n for state, n in found.replica_states.items()} if found else {}
 
 
-_begin_at_zero()
+class CountedRequests:
+    """An ASGI layer that counts answers and how long their first byte took."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        loop = asyncio.get_running_loop()
+        started_s, is_answered = loop.time(), False
+
+        async def counted(message: Message) -> None:
+            nonlocal is_answered
+            if message["type"] == "http.response.start":
+                is_answered = True
+                _count_answer(scope, message["status"], loop.time() - started_s)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:
+            if not is_answered:
+                _count_answer(scope, 500, loop.time() - started_s)
+            raise
+
+
+def _count_answer(scope: Scope, status: int, seconds: float) -> None:
+    # The pattern, since paths hold ids; what no route knows is one line, whatever strangers try.
+    route = getattr(scope.get("route"), "path", "unknown")
+    size = scope.get("state", {}).get("size_class", NO_SIZE)
+    observe_request(route, status, seconds, size=size)
+
+
+def _scrape(
+    process: str, backlog: Callable[[], Backlog] | None, replica_states: Callable[[], Mapping[str, int]] | None
+) -> bytes:
+    if backlog is not None:
+        _look_at("the job database", lambda: _set_backlog(backlog()), on_failure=lambda: _STORE_UP.set(0))
+    if replica_states is not None:
+        _look_at("Ray Serve", lambda: _set_replicas(replica_states()), on_failure=_REPLICAS.clear)
+    return exposition(process) + generate_latest(_SERVICE)
+
+
+def _look_at(what: str, look: Callable[[], None], *, on_failure: Callable[[], None]) -> None:
+    try:
+        look()
+    except Exception:
+        # Metrics are wanted most of all when something else does not answer.
+        logger.exception("metrics: %s does not answer", what)
+        on_failure()
+
+
+def _set_backlog(backlog: Backlog) -> None:
+    _JOBS.labels("queued").set(backlog.num_queued)
+    _JOBS.labels("running").set(backlog.num_running)
+    _QUEUED_MEGAPIXELS.set(backlog.queued_megapixels)
+    _QUEUED_WORK.set(backlog.work)
+    _OLDEST_QUEUED.set(backlog.oldest_queued_s)
+    _STORE_UP.set(1)
+
+
+def _set_replicas(states: Mapping[str, int]) -> None:
+    for state in _STATES_OF_REPLICAS:
+        _REPLICAS.labels(state.lower()).set(states.get(state, 0))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

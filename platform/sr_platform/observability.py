@@ -36,7 +36,7 @@ _bound: ContextVar[Mapping[str, Any]] = ContextVar("log_fields", default=_NOTHIN
 _HIDDEN = "[hidden]"
 # A quote may be escaped, since JSON in a message is quoted once more by the line around it.
 _QUOTE = r"(?:b?\\*[\"'])?"
-_SECRET_WORD = (
+_TELLTALE = (
     r"[\w.-]*(?:passw(?:or)?d|secret|token|api[_-]?key|access[_-]?key|signature|credential|authorization|cookie)"
 )
 _NOT_HIDDEN_YET = r"(?!\[hidden\]|bearer |basic )"
@@ -44,7 +44,7 @@ _SECRETS = (
     (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE), rf"\1 {_HIDDEN}"),
     (re.compile(r"([a-z][\w+.-]*://[^\s:/@\"']*):[^\s\"'\\]+@", re.IGNORECASE), rf"\1:{_HIDDEN}@"),
     (
-        re.compile(rf"(\b{_SECRET_WORD}{_QUOTE}\s*[=:]\s*{_QUOTE}){_NOT_HIDDEN_YET}[^\s\"'\\,;&)}}\]]+", re.IGNORECASE),
+        re.compile(rf"(\b{_TELLTALE}{_QUOTE}\s*[=:]\s*{_QUOTE}){_NOT_HIDDEN_YET}[^\s\"'\\,;&)}}\]]+", re.IGNORECASE),
         rf"\1{_HIDDEN}",
     ),
 )

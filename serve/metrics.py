@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -56,7 +57,7 @@ class Backlog(Protocol):
     @property
     def num_running(self) -> int: ...
     @property
-    def queued_megapixels(self) -> float: ...
+    def megapixels(self) -> float: ...
     @property
     def work(self) -> float: ...
     @property
@@ -129,6 +130,7 @@ class CountedRequests:
             return
         loop = asyncio.get_running_loop()
         started_s, is_answered = loop.time(), False
+        scope.setdefault("state", {})  # where note_size() leaves the size
 
         async def counted(message: Message) -> None:
             nonlocal is_answered
@@ -148,7 +150,7 @@ class CountedRequests:
 def _count_answer(scope: Scope, status: int, seconds: float) -> None:
     # The pattern, since paths hold ids; what no route knows is one line, whatever strangers try.
     route = getattr(scope.get("route"), "path", "unknown")
-    size = scope.get("state", {}).get("size_class", NO_SIZE)
+    size = scope["state"].get("size_class", NO_SIZE)
     observe_request(route, status, seconds, size=size)
 
 
@@ -156,7 +158,7 @@ def _scrape(
     process: str, backlog: Callable[[], Backlog] | None, replica_states: Callable[[], Mapping[str, int]] | None
 ) -> bytes:
     if backlog is not None:
-        _look_at("the job database", lambda: _set_backlog(backlog()), on_failure=lambda: _STORE_UP.set(0))
+        _look_at("the job database", lambda: _set_backlog(backlog()), on_failure=_forget_backlog)
     if replica_states is not None:
         _look_at("Ray Serve", lambda: _set_replicas(replica_states()), on_failure=_REPLICAS.clear)
     return exposition(process) + generate_latest(_SERVICE)
@@ -174,10 +176,18 @@ def _look_at(what: str, look: Callable[[], None], *, on_failure: Callable[[], No
 def _set_backlog(backlog: Backlog) -> None:
     _JOBS.labels("queued").set(backlog.num_queued)
     _JOBS.labels("running").set(backlog.num_running)
-    _QUEUED_MEGAPIXELS.set(backlog.queued_megapixels)
+    _QUEUED_MEGAPIXELS.set(backlog.megapixels)
     _QUEUED_WORK.set(backlog.work)
     _OLDEST_QUEUED.set(backlog.oldest_queued_s)
     _STORE_UP.set(1)
+
+
+def _forget_backlog() -> None:
+    """A gap in a graph says more than a value from before."""
+    _STORE_UP.set(0)
+    _JOBS.clear()
+    for gauge in (_QUEUED_MEGAPIXELS, _QUEUED_WORK, _OLDEST_QUEUED):
+        gauge.set(math.nan)
 
 
 def _set_replicas(states: Mapping[str, int]) -> None:

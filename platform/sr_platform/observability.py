@@ -28,8 +28,8 @@ _OUR_LOGGERS = ("sr_platform", "faithdiff", "pipelines", "serve")
 _SERVE_LOGGER = "ray.serve"
 _TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
-# Ray Serve's own, which say nothing that a line of ours needs.
-_NOT_SHOWN = {"log_to_stderr", "serve_access_log", "skip_context_filter"}
+# With those of Ray Serve that steer its handlers.
+_NOT_FIELDS = _OF_EVERY_RECORD | {"log_to_stderr", "serve_access_log", "skip_context_filter"}
 _NOTHING_BOUND: Mapping[str, Any] = MappingProxyType({})
 _bound: ContextVar[Mapping[str, Any]] = ContextVar("log_fields", default=_NOTHING_BOUND)
 
@@ -134,5 +134,6 @@ class _JsonFormatter(logging.Formatter):
 
 def _fields_of(record: logging.LogRecord, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Of the process, of what is bound, and of the call itself (`extra=`), the last of which win."""
-    extra = {name: value for name, value in vars(record).items() if name not in _OF_EVERY_RECORD | _NOT_SHOWN}
+    # Ray gives every record of a process something of its own, which begins with an underscore.
+    extra = {name: value for name, value in vars(record).items() if name not in _NOT_FIELDS and name[0] != "_"}
     return {**fields, **_bound.get(), **extra}

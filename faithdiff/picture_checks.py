@@ -1,0 +1,123 @@
+"""What is looked at in a picture file before anything decodes it: that its parts cannot cost more than a picture does.
+
+Decoders trust what a file says of itself: a JPEG of thousands of empty scans over 25 megapixels, a PNG of millions of
+empty chunks, a TIFF in tiles of two gigabytes are small files that take minutes or all memory.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+
+MAX_JPEG_SCANS = 128
+MAX_JPEG_SEGMENTS = 2_000
+MAX_PNG_CHUNKS = 2_000
+MAX_TIFF_PARTS = 200_000
+MAX_TIFF_TILE_PX = 1_024
+# Compressions of scanners, cameras and image editors; the decoders of the others are little used and much attacked.
+TIFF_COMPRESSIONS = {1: "none", 2: "CCITT", 3: "fax 3", 4: "fax 4", 5: "LZW", 7: "JPEG", 8: "deflate"}
+TIFF_COMPRESSIONS |= {32_773: "PackBits", 32_946: "deflate"}
+
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_TIFF_HEADERS = {b"II*\0": "<", b"MM\0*": ">"}
+_COMPRESSION, _STRIPS, _TILE_WIDTH, _TILE_LENGTH, _TILES = 259, 273, 322, 323, 324
+
+
+class Suspicious(ValueError):  # noqa: N818 - says what the file does
+    """A file built in a way that no program writes pictures, or that would cost far more than its picture."""
+
+
+class OtherKind(ValueError):  # noqa: N818 - says what the file is
+    """A picture file of a kind that is not read."""
+
+
+def check_structure(data: bytes) -> None:
+    """Raises Suspicious or OtherKind; says nothing of files that it does not know, nor of damage."""
+    if data.startswith(b"\xff\xd8"):
+        _check_jpeg(data)
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        _check_png(data)
+    elif data[:4] in _TIFF_HEADERS:
+        _check_tiff(data)
+    elif data[:2] in (b"II", b"MM"):
+        raise OtherKind("a TIFF for files above 4 GiB, or with a broken header; save it as a plain TIFF")
+
+
+def find_png_chunk(data: bytes, kind: bytes) -> bytes | None:
+    """The body of the first chunk of that kind, wherever it stands; None if there is none."""
+    position = 8
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        if data[position + 4 : position + 8] == kind:
+            return data[position + 8 : position + 8 + length]
+        position += 12 + length
+    return None
+
+
+def _check_png(data: bytes) -> None:
+    position, num_chunks = 8, 0
+    allowed = MAX_PNG_CHUNKS + len(data) // 256
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        if data[position + 4 : position + 8] == b"IEND":
+            return
+        position += 12 + length
+        num_chunks += 1
+        if num_chunks > allowed:
+            raise Suspicious(f"more than {allowed:,} chunks")
+
+
+def _check_jpeg(data: bytes) -> None:
+    position, num_scans, num_segments = 2, 0, 0
+    while position + 4 <= len(data):
+        found = _JPEG_MARKER.search(data, position)
+        if found is None or data[found.start() + 1] == 0xD9:
+            return
+        if found.start() - position > MAX_JPEG_SEGMENTS and not num_scans:
+            raise Suspicious("nothing where its next part should begin")
+        kind, start = data[found.start() + 1], found.end()
+        num_scans += kind == 0xDA
+        num_segments += 1
+        if num_scans > MAX_JPEG_SCANS or num_segments > MAX_JPEG_SEGMENTS:
+            raise Suspicious(f"more than {MAX_JPEG_SCANS} scans or {MAX_JPEG_SEGMENTS:,} parts")
+        has_body = kind not in (0x01, 0xD8)
+        position = start + (int.from_bytes(data[start : start + 2], "big") if has_body else 0)
+
+
+def _check_tiff(data: bytes) -> None:
+    tags = tiff_tags(data)
+    compression = tags.get(_COMPRESSION, (1, 1))[1]
+    if compression not in TIFF_COMPRESSIONS:
+        allowed = ", ".join(dict.fromkeys(TIFF_COMPRESSIONS.values()))
+        raise OtherKind(f"a TIFF of compression {compression}; save it with one of {allowed}")
+    for tag in (_STRIPS, _TILES):
+        if tags.get(tag, (0, 0))[0] > MAX_TIFF_PARTS:
+            raise Suspicious(f"more than {MAX_TIFF_PARTS:,} parts")
+    for side, tile_side in ((256, _TILE_WIDTH), (257, _TILE_LENGTH)):
+        tile_px, side_px = tags.get(tile_side, (1, 0))[1], tags.get(side, (1, 0))[1]
+        if tile_px > max(MAX_TIFF_TILE_PX, side_px + 15):
+            raise Suspicious(f"tiles of {tile_px:,} px in a picture of {side_px:,} px")
+
+
+def tiff_tags(data: bytes) -> dict[int, tuple[int, int]]:
+    """Number of values and first value of every tag of the first picture that holds whole numbers."""
+    order = _TIFF_HEADERS[data[:4]]
+    tags: dict[int, tuple[int, int]] = {}
+    try:
+        (start,) = struct.unpack_from(f"{order}I", data, 4)
+        (count,) = struct.unpack_from(f"{order}H", data, start)
+        for index in range(count):
+            entry = start + 2 + 12 * index
+            tag, kind, num_values = struct.unpack_from(f"{order}HHI", data, entry)
+            size_format = {1: (1, "B"), 3: (2, "H"), 4: (4, "I")}.get(kind)
+            if size_format is None or tag in tags:
+                continue
+            size_bytes, letter = size_format
+            place = entry + 8
+            if size_bytes * num_values > 4:
+                (place,) = struct.unpack_from(f"{order}I", data, place)
+            tags[tag] = (num_values, struct.unpack_from(f"{order}{letter}", data, place)[0])
+    except struct.error:
+        # Cut off: the decoder gives an account of it.
+        return tags
+    return tags

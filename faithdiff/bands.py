@@ -3,13 +3,14 @@
 Overlapping tiles give every tile its own GroupNorm statistics and its own attention, hence seams. Here each layer
 walks the whole feature map, band by band, instead: a 3x3 convolution takes one row of halo from the map itself,
 GroupNorm first gathers the statistics of the whole map, attention lets the queries of a band see the keys of the whole
-map. Only a band is on the accelerator at a time; the maps lie on `store_device`, which may be the CPU. The result
-equals that of the whole picture up to float rounding (4e-6 of the largest value in float32).
+map. Only a band is on the accelerator at a time; the maps lie on `store_device`, which may be the CPU. Between bands
+others may have the accelerator (`breaks`). The result equals that of the whole picture up to float rounding (4e-6 of
+the largest value in float32).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+
+from faithdiff.breaks import take_break
 
 Rows = Callable[[int, int], Tensor]
 """`rows(top, bottom)`: rows top to bottom - 1 of a map [B, C, H, W], on the computing device."""
@@ -141,7 +144,7 @@ class _Walk:
         """Self-attention over the whole map: keys and values of all pixels, queries a band at a time."""
         height, width = x.shape[2:]
         normed, skip = self.normed(block.group_norm, x), self.rows(x)
-        pairs = [(block.to_k(t), block.to_v(t)) for t in (_tokens(normed(*band)) for band in self.bands(height))]
+        pairs = [(block.to_k(t), block.to_v(t)) for t in (_tokens(normed(*band)) for band in self.walk(height))]
         keys, values = (_heads(torch.cat(parts, dim=1), block.heads) for parts in zip(*pairs, strict=True))
 
         def band(top: int, bottom: int) -> Tensor:
@@ -178,7 +181,7 @@ class _Walk:
     def normed(self, norm: nn.GroupNorm, x: Tensor, activation: nn.Module | None = None) -> Rows:
         """Rows of `activation(norm(x))`, with the statistics of the whole map gathered in float32."""
         rows, (batch, channels, height, _) = self.rows(x), x.shape
-        grouped = (rows(*band).float().unflatten(1, (norm.num_groups, -1)) for band in self.bands(height))
+        grouped = (rows(*band).float().unflatten(1, (norm.num_groups, -1)) for band in self.walk(height))
         parts = [torch.var_mean(band, dim=(2, 3, 4), correction=0) for band in grouped]
         variances, means = (torch.stack(part) for part in zip(*parts, strict=True))
         share = torch.tensor([bottom - top for top, bottom in self.bands(height)], device=self.device) / height
@@ -201,9 +204,15 @@ class _Walk:
     def bands(self, height: int) -> list[tuple[int, int]]:
         return [(top, min(top + self.band_px, height)) for top in range(0, height, self.band_px)]
 
+    def walk(self, height: int) -> Iterator[tuple[int, int]]:
+        """The bands, with a break after each."""
+        for band in self.bands(height):
+            yield band
+            take_break()
+
     def fill(self, height: int, band: Rows, out: Tensor | None = None) -> Tensor:
         """A full map of `height` rows on the store device, computed by `band(top, bottom)`."""
-        for top, bottom in self.bands(height):
+        for top, bottom in self.walk(height):
             part = band(top, bottom)
             if out is None:
                 shape = (*part.shape[:2], height, part.shape[3])

@@ -1,26 +1,52 @@
 """The denoising loop as data: a Canvas is one picture's state, `advance` performs one step for many of them.
 
 A canvas is cut into latent tiles; the tiles of all canvases, at whatever timestep each canvas stands, share UNet
-batches of equal tile shape. After a step each canvas is blended from its own tiles alone, so what else ran in a batch
-never changes a picture (beyond the rounding of a differently sized matrix product).
+batches of equal tile shape. After a step each canvas is blended from its own tiles alone, and a batch of a shape always
+has the same number of rows (`tiles_per_pass`), so what else ran in a batch never changes a bit of a picture.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from faithdiff.breaks import take_break
 from faithdiff.precision import as_float32
 from faithdiff.prepared_text import PreparedText
 from faithdiff.schedule import EulerSchedule
-from faithdiff.tiling import TilePlan
+from faithdiff.tiling import CELL_PX, TilePlan
 from faithdiff.unet import FaithDiffUNet
 
-DEFAULT_TILES_PER_BATCH = 4
+_PASS_PX = 1024 * 1024
+_MAX_TILES_PER_PASS = 8
+
+
+def tiles_per_pass(tile: tuple[int, int], device: torch.device) -> int:
+    """Tiles of (height, width) cells that the network takes at once: a number that depends on nothing else.
+
+    Another number of rows makes other kernels, which round differently. So a pass always has this many: whoever has
+    fewer tiles repeats one. On a CPU, where a repeated tile costs what a tile costs, that number is one.
+    """
+    if device.type == "cpu":
+        return 1
+    tile_px = tile[0] * tile[1] * CELL_PX * CELL_PX
+    return max(1, min(_MAX_TILES_PER_PASS, _PASS_PX // tile_px))
+
+
+class BrokenTiles(FloatingPointError):  # noqa: N818 - the family's name says that it is an error
+    """Tiles that are not finite even in fp32; all others of their batch were stepped. `canvases` are theirs."""
+
+    def __init__(self, jobs: Sequence[TileJob]) -> None:
+        first = jobs[0]
+        super().__init__(
+            f"denoiser: tile {first.tile} is not finite at step {first.canvas.step} even in fp32; "
+            f"the weights or the input are broken"
+        )
+        self.canvases = list({id(job.canvas): job.canvas for job in jobs}.values())
 
 
 @dataclass(frozen=True)
@@ -43,9 +69,9 @@ class Condition:
 
 @dataclass(frozen=True)
 class PreparedCondition:
-    """What of a condition the network would repeat at every step, computed once: f_m of each tile, text keys."""
+    """What of a condition the network would repeat at every step, computed once: f_m [C, h, w] by tile, text keys."""
 
-    lq_embeddings: Tensor
+    lq_embeddings: Mapping[int, Tensor]
     text: PreparedText
 
 
@@ -93,6 +119,10 @@ class Canvas:
         latents = self.plan.cut(self.latents, tile)
         self._stepped[tile] = self.schedule.euler_step(latents, noise_pred.float(), self.step)
 
+    def retract(self, tile: int) -> None:
+        """Forgets the current step of a tile, if it was taken."""
+        self._stepped.pop(tile, None)
+
 
 @dataclass(frozen=True)
 class TileJob:
@@ -113,21 +143,32 @@ class TileJob:
 
 
 def prepare_condition(
-    unet: FaithDiffUNet, condition: Condition, plan: TilePlan, *, tiles_per_batch: int = DEFAULT_TILES_PER_BATCH
+    unet: FaithDiffUNet,
+    condition: Condition,
+    plan: TilePlan,
+    *,
+    tiles: Sequence[int] | None = None,
+    tiles_per_batch: int | None = None,
 ) -> PreparedCondition:
-    """The part of the network that depends on neither timestep nor latents, in the network's dtype."""
-    dtype = unet.dtype
-    features = condition.lq_features.to(dtype)
-    embeddings = [
-        unet.alignment.embed(torch.cat([plan.cut(features, i) for i in indices]))
-        for indices in _chunks(range(plan.num_tiles), tiles_per_batch)
-    ]
-    return PreparedCondition(torch.cat(embeddings), unet.prepare_text(condition.prompt_embeds.to(dtype)))
+    """The part of the network that depends on neither timestep nor latents, in the network's dtype.
+
+    Of all tiles of the plan or of those given. `tiles_per_batch` as in `step_tiles`.
+    """
+    features = condition.lq_features.to(unet.dtype)
+    embeddings: dict[int, Tensor] = {}
+    wanted = range(plan.num_tiles) if tiles is None else tiles
+    for rows in _chunks(wanted, plan.tile, features.device, tiles_per_batch):
+        embedded = unet.alignment.embed(torch.cat([plan.cut(features, i) for i in rows]))
+        embeddings.update(zip(rows, embedded, strict=True))
+        take_break()
+    return PreparedCondition(embeddings, unet.prepare_text(condition.prompt_embeds.to(unet.dtype)))
 
 
 @torch.inference_mode()
-def advance(unet: FaithDiffUNet, canvases: Sequence[Canvas], *, tiles_per_batch: int = DEFAULT_TILES_PER_BATCH) -> None:
+def advance(unet: FaithDiffUNet, canvases: Sequence[Canvas], *, tiles_per_batch: int | None = None) -> None:
     """One step for every canvas that is not done, whatever their sizes and timesteps. One device sync in all.
+
+    `tiles_per_batch` as in `step_tiles`.
 
     Raises:
         FloatingPointError: a tile is not finite even in fp32.
@@ -143,8 +184,28 @@ def advance(unet: FaithDiffUNet, canvases: Sequence[Canvas], *, tiles_per_batch:
 
 
 @torch.inference_mode()
-def step_tiles(unet: FaithDiffUNet, jobs: Sequence[TileJob], *, tiles_per_batch: int = DEFAULT_TILES_PER_BATCH) -> None:
-    """Steps the given tiles, in batches of equal shape; a tile that is not finite is computed again in fp32."""
+def step_tiles(unet: FaithDiffUNet, jobs: Sequence[TileJob], *, tiles_per_batch: int | None = None) -> None:
+    """Steps the given tiles, in batches of equal shape; a tile that is not finite is computed again in fp32.
+
+    A batch has `tiles_per_pass` tiles, or at most `tiles_per_batch` where given; the last bits of a tile may then
+    depend on how many share its batch. When this raises, no canvas has taken a step that is not finite.
+
+    Raises:
+        BrokenTiles: some tiles are not finite even in fp32; the others were stepped.
+    """
+    try:
+        broken = _step_batches(unet, jobs, tiles_per_batch)
+        hopeless = _redo_in_float32(unet, broken) if broken else []
+    except BaseException:
+        for job in jobs:
+            job.canvas.retract(job.tile)
+        raise
+    if hopeless:
+        raise BrokenTiles(hopeless)
+
+
+def _step_batches(unet: FaithDiffUNet, jobs: Sequence[TileJob], tiles_per_batch: int | None) -> list[TileJob]:
+    """Steps the tiles and returns those whose prediction was not finite."""
     finite: list[Tensor] = []
     order: list[TileJob] = []
     for batch in _batches(jobs, tiles_per_batch):
@@ -154,10 +215,13 @@ def step_tiles(unet: FaithDiffUNet, jobs: Sequence[TileJob], *, tiles_per_batch:
         for job, noise in zip(batch, noise_pred.split(1), strict=True):
             job.canvas.accept(job.tile, noise)
     if not finite:
-        return
-    broken = [job for job, is_finite in zip(order, torch.cat(finite).tolist(), strict=True) if not is_finite]
-    if broken:
-        _redo_in_float32(unet, broken)
+        return []
+    broken = {
+        (id(job.canvas), job.tile): job
+        for job, is_finite in zip(order, torch.cat(finite).tolist(), strict=True)
+        if not is_finite
+    }
+    return list(broken.values())
 
 
 def predict_noise(unet: FaithDiffUNet, jobs: Sequence[TileJob], prepared: Sequence[PreparedCondition]) -> Tensor:
@@ -191,29 +255,41 @@ def _batch_text(prepared: Sequence[PreparedCondition], num_prompts: int) -> Prep
     return PreparedText.batch(list(texts.values()), rows)
 
 
-def _redo_in_float32(unet: FaithDiffUNet, jobs: Sequence[TileJob]) -> None:
-    """Computes tiles again one by one in fp32, conditioning included: its half-precision copy may be what broke."""
+def _redo_in_float32(unet: FaithDiffUNet, jobs: Sequence[TileJob]) -> list[TileJob]:
+    """Computes tiles again one by one in fp32, conditioning included: its half-precision copy may be what broke.
+
+    Returns the tiles that are not finite in fp32 either, with no step taken.
+    """
+    hopeless = []
     with as_float32(unet):
         for job in jobs:
             canvas = job.canvas
-            prepared = prepare_condition(unet, canvas.condition, canvas.plan, tiles_per_batch=1)
+            prepared = prepare_condition(unet, canvas.condition, canvas.plan, tiles=[job.tile], tiles_per_batch=1)
             noise_pred = predict_noise(unet, [job], [prepared])
-            if not torch.isfinite(noise_pred).all():
-                raise FloatingPointError(
-                    f"denoiser: tile {job.tile} is not finite at step {canvas.step} even in fp32; "
-                    f"the weights or the input are broken"
-                )
-            canvas.accept(job.tile, noise_pred)
+            if torch.isfinite(noise_pred).all():
+                canvas.accept(job.tile, noise_pred)
+            else:
+                canvas.retract(job.tile)
+                hopeless.append(job)
+    return hopeless
 
 
-def _batches(jobs: Sequence[TileJob], tiles_per_batch: int) -> Iterator[list[TileJob]]:
+def _batches(jobs: Sequence[TileJob], tiles_per_batch: int | None) -> Iterator[list[TileJob]]:
     by_shape: dict[tuple[int, int, int], list[TileJob]] = defaultdict(list)
     for job in jobs:
         by_shape[job.shape].append(job)
-    for same_shape in by_shape.values():
-        for indices in _chunks(range(len(same_shape)), tiles_per_batch):
+    for (height, width, _), same_shape in by_shape.items():
+        device = same_shape[0].canvas.latents.device
+        for indices in _chunks(range(len(same_shape)), (height, width), device, tiles_per_batch):
             yield [same_shape[i] for i in indices]
 
 
-def _chunks(indices: range, size: int) -> Iterable[range]:
-    return (indices[start : start + size] for start in range(0, len(indices), size))
+def _chunks(
+    items: Sequence[int], tile: tuple[int, int], device: torch.device, tiles_per_batch: int | None
+) -> Iterable[list[int]]:
+    """At most `tiles_per_batch` items each, or exactly `tiles_per_pass`: the last item fills up what is missing."""
+    size = tiles_per_batch or tiles_per_pass(tile, device)
+    for start in range(0, len(items), size):
+        chunk = list(items[start : start + size])
+        missing = size - len(chunk) if tiles_per_batch is None else 0
+        yield chunk + missing * chunk[-1:]

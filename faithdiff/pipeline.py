@@ -1,7 +1,8 @@
 """FaithDiffPipeline: a low-quality picture in, the restored picture out. The public entry of `faithdiff`.
 
 A thin loop over `denoiser.advance`: `prepare` turns a request into a `Restoration` with its canvas, `finish` turns the
-denoised canvas into a picture. Serving prepares many, advances them together and finishes each when it is done.
+denoised canvas into a picture. Serving prepares many, advances them together and finishes each when it is done; it
+calls the halves of both, because `enlarge` and `compose` need no device while `encode` and `decode` do.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from faithdiff import bundle
 from faithdiff.alignment import AlignmentAttention
+from faithdiff.breaks import take_break
+from faithdiff.canvas_state import CanvasState, fingerprint_of
 from faithdiff.checkpoint import load_released
 from faithdiff.color_fix import color_fix
 from faithdiff.compat import Switches, resolve_switches
 from faithdiff.conditioning import build_condition, text_rows
-from faithdiff.denoiser import DEFAULT_TILES_PER_BATCH, Canvas, advance, prepare_condition
-from faithdiff.errors import Cancelled
+from faithdiff.denoiser import Canvas, advance, prepare_condition
+from faithdiff.errors import Cancelled, InputError
 from faithdiff.latents import decode_latents, encode_latents, preview_image, start_latents, unit_noise
 from faithdiff.pictures import input_consistency_db, to_network_input, to_rgb_array, upscale_lq
 from faithdiff.precision import move
@@ -46,6 +49,16 @@ class RestorationResult:
     report: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class EnlargedPicture:
+    """A request before the device has seen it: the picture as it came and at its final size."""
+
+    request: RestorationRequest
+    lq_rgb: np.ndarray
+    reference_rgb: np.ndarray
+    seconds: dict[str, float]
+
+
 @dataclass
 class Restoration:
     """A request under way: its canvas, what `finish` needs, and the seconds spent so far per phase."""
@@ -58,7 +71,10 @@ class Restoration:
 
 
 class FaithDiffPipeline:
-    """All components of a model on one device in one dtype; stateless between pictures."""
+    """All components of a model on one device in one dtype; stateless between pictures.
+
+    `tiles_per_batch`: see `denoiser.step_tiles`; left out, a picture's bits never depend on what else is restored.
+    """
 
     def __init__(
         self,
@@ -73,7 +89,7 @@ class FaithDiffPipeline:
         scheduler: Any,
         tile_stride_fraction: float = 0.5,
         model_version: str = "unversioned",
-        tiles_per_batch: int = DEFAULT_TILES_PER_BATCH,
+        tiles_per_batch: int | None = None,
     ) -> None:
         self.vae, self.lq_encoder, self.unet = vae, lq_encoder, unet
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
@@ -210,24 +226,56 @@ class FaithDiffPipeline:
         self._denoise(restoration, callback)
         return self.finish(restoration)
 
-    @torch.inference_mode()
-    def prepare(self, image: Image.Image | np.ndarray, request: RestorationRequest) -> Restoration:
-        """Everything before the first step: up-scaling, LQ features, text, tiles and the start latents."""
+    def prepare(
+        self, image: Image.Image | np.ndarray, request: RestorationRequest, *, resume: CanvasState | None = None
+    ) -> Restoration:
+        """Everything before the first step: up-scaling, LQ features, text, tiles and the start latents.
+
+        With `resume` the restoration goes on from that state, and gives the bits it would have given undisturbed.
+
+        Raises:
+            InputError: the state is one of another picture, request or model.
+        """
+        return self.encode(self.enlarge(image, request), resume=resume)
+
+    def enlarge(self, image: Image.Image | np.ndarray, request: RestorationRequest) -> EnlargedPicture:
+        """The first half of `prepare`; needs no device."""
         seconds: dict[str, float] = {}
         lq_rgb = to_rgb_array(image)
         with timed(seconds, "upscale"):
             reference_rgb = upscale_lq(lq_rgb, request.scale)
-            picture = to_network_input(reference_rgb, self.device)
+        return EnlargedPicture(request, lq_rgb, reference_rgb, seconds)
+
+    @torch.inference_mode()
+    def encode(self, enlarged: EnlargedPicture, *, resume: CanvasState | None = None) -> Restoration:
+        """The second half of `prepare`; pauses at `take_break`."""
+        request, seconds = enlarged.request, dict(enlarged.seconds)
+        picture = to_network_input(enlarged.reference_rgb, self.device)
         plan = self.plan((picture.shape[2], picture.shape[3]), request)
         with timed(seconds, "text"):
             text = text_rows(request, self.components)
+        take_break()
         with timed(seconds, "encode"):
             condition = build_condition(picture, plan, request, lq_encoder=self.lq_encoder, text=text)
+            take_break()
             prepared = prepare_condition(self.unet, condition, plan, tiles_per_batch=self.tiles_per_batch)
             schedule = EulerSchedule.from_scheduler(self.scheduler, request.num_inference_steps).to(self.device)
-            latents = self._start(picture, schedule, request)
-        canvas = Canvas(latents, plan, schedule, condition, prepared, float(request.guidance_scale))
-        return Restoration(request, lq_rgb, reference_rgb, canvas, seconds)
+            if resume is None:
+                latents = self._start(picture, schedule, request)
+            else:
+                latents = self._resumed(resume, enlarged, plan)
+        step = 0 if resume is None else resume.step
+        canvas = Canvas(latents, plan, schedule, condition, prepared, float(request.guidance_scale), step)
+        return Restoration(request, enlarged.lq_rgb, enlarged.reference_rgb, canvas, seconds)
+
+    def fingerprint(self, picture: EnlargedPicture | Restoration) -> str:
+        """Of everything that the restoration of this picture depends on."""
+        return fingerprint_of(picture.lq_rgb, picture.request, self.model_version)
+
+    def state(self, restoration: Restoration) -> CanvasState:
+        """What `prepare` needs to go on from where this restoration is, on any machine with the same model."""
+        canvas = restoration.canvas
+        return CanvasState(canvas.step, canvas.latents.float().cpu().clone(), self.fingerprint(restoration))
 
     def plan(self, size_px: tuple[int, int], request: RestorationRequest) -> TilePlan:
         """The tiles of a picture of (height, width) px, multiples of 8, under a request."""
@@ -239,14 +287,23 @@ class FaithDiffPipeline:
             weights=request.switches.tile_weights,
         )
 
-    @torch.inference_mode()
     def finish(self, restoration: Restoration) -> RestorationResult:
         """Everything after the last step: decoding, cropping, colour transfer and the report."""
-        request, canvas, seconds = restoration.request, restoration.canvas, restoration.seconds
+        return self.compose(restoration, self.decode(restoration))
+
+    @torch.inference_mode()
+    def decode(self, restoration: Restoration) -> np.ndarray:
+        """The first half of `finish`: the picture as the network sees it. Pauses at `take_break`."""
+        canvas = restoration.canvas
         assert canvas.is_done, f"finish at step {canvas.step} of {canvas.schedule.num_steps}"
         height, width = restoration.reference_rgb.shape[:2]
-        with timed(seconds, "decode"):
-            decoded = decode_latents(self.vae, canvas.latents, request)[:height, :width]
+        with timed(restoration.seconds, "decode"):
+            return decode_latents(self.vae, canvas.latents, restoration.request)[:height, :width]
+
+    def compose(self, restoration: Restoration, decoded: np.ndarray) -> RestorationResult:
+        """The second half of `finish`; needs no device."""
+        request, canvas, seconds = restoration.request, restoration.canvas, restoration.seconds
+        height, width = restoration.reference_rgb.shape[:2]
         with timed(seconds, "color_fix"):
             rounding = request.switches.color_rounding
             restored = color_fix(decoded, restoration.reference_rgb, method=request.color_fix, rounding=rounding)
@@ -271,6 +328,15 @@ class FaithDiffPipeline:
         x0 = encode_latents(self.vae, picture, request) if request.start_from == "lq" else None
         final_abar = float(alphas_cumprod(self.scheduler.config)[-1])
         return start_latents(noise.to(self.device), x0, schedule, request, final_abar)
+
+    def _resumed(self, state: CanvasState, enlarged: EnlargedPicture, plan: TilePlan) -> Tensor:
+        shape = (1, self.unet.config.in_channels, *plan.canvas)
+        num_steps = enlarged.request.num_inference_steps
+        if state.fingerprint != self.fingerprint(enlarged) or tuple(state.latents.shape) != shape:
+            raise InputError("resume: this state is of another picture, request or model; start the picture again")
+        if not 0 <= state.step <= num_steps:
+            raise InputError(f"resume: this state is at step {state.step} of {num_steps}; start the picture again")
+        return state.latents.to(self.device)
 
     def _denoise(self, restoration: Restoration, callback: Callback | None) -> None:
         canvas = restoration.canvas

@@ -8,14 +8,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from faithdiff.breaks import no_breaks
+
 
 @contextmanager
 def as_float32(module: nn.Module) -> Iterator[None]:
-    """Runs `module` in fp32 inside the block and gives it its dtype back: fp16 -> fp32 -> fp16 loses nothing."""
+    """Runs `module` in fp32 inside the block and gives it its dtype back: fp16 -> fp32 -> fp16 loses nothing.
+
+    Nothing pauses inside the block: whoever had the next turn would find a model in the wrong precision.
+    """
     dtype = next(module.parameters()).dtype
     move(module, dtype=torch.float32)
     try:
-        yield
+        with no_breaks():
+            yield
     finally:
         move(module, dtype=dtype)
 

@@ -45,7 +45,7 @@ def lines_of(stream: io.StringIO) -> list[dict[str, Any]]:
 def test_a_json_line_holds_time_level_logger_message_and_every_field(log: Callable[..., io.StringIO]) -> None:
     stream = log(form="json", fields={"replica": "Restorer#a1"})
     with log_fields(job_id="j1", trace_id="t1"):
-        logger.info("step %d of %d", 3, 20, extra={"seconds": 0.5, "_ray_timestamp_ns": 1})
+        logger.info("step %d of %d", 3, 20, extra={"seconds": 0.5, "_made_by_ray": 1})
     logger.warning("afterwards")
     first, second = lines_of(stream)
     assert datetime.fromisoformat(first.pop("time")).utcoffset() is not None

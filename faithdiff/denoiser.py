@@ -38,7 +38,7 @@ def tiles_per_pass(tile: tuple[int, int], device: torch.device) -> int:
 
 
 class BrokenTiles(FloatingPointError):  # noqa: N818 - the family's name says that it is an error
-    """Tiles that are not finite even in fp32; all others of their batch were stepped. `canvases` are theirs."""
+    """Tiles that are not finite even in fp32; all others of their batch were stepped."""
 
     def __init__(self, jobs: Sequence[TileJob]) -> None:
         first = jobs[0]
@@ -46,7 +46,7 @@ class BrokenTiles(FloatingPointError):  # noqa: N818 - the family's name says th
             f"denoiser: tile {first.tile} is not finite at step {first.canvas.step} even in fp32; "
             f"the weights or the input are broken"
         )
-        self.canvases = list({id(job.canvas): job.canvas for job in jobs}.values())
+        self.jobs = list(jobs)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ SIZE_CLASSES = (*(name for name, _ in _SIZE_CLASSES), "huge")
 NO_SIZE = "none"
 _NO_CAUSE = "none"
 _WAITS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
-_STEPS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_PASSES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 ProcessCollector(namespace="faithdiff", registry=REGISTRY)
 _REQUEST_SECONDS = Histogram(
@@ -57,10 +57,13 @@ _PICTURES = Counter(
 _TAKEOVERS = Counter("faithdiff_takeovers", "Jobs taken over from a replica that was lost", registry=REGISTRY)
 _PIXELS = Counter("faithdiff_pixels", "Pixels of results", registry=REGISTRY)
 _DEVICE_SECONDS = Counter(
-    "faithdiff_device_seconds", "Seconds a device worked on pictures: the cost", registry=REGISTRY
+    "faithdiff_device_seconds", "Seconds a device worked on pictures, by phase: the cost", ("phase",), registry=REGISTRY
 )
-_STEP_SECONDS = Histogram(
-    "faithdiff_step_seconds", "Duration of one denoising step of a batch", buckets=_STEPS_S, registry=REGISTRY
+_PASS_SECONDS = Histogram(
+    "faithdiff_pass_seconds",
+    "Duration of one denoising pass over a batch of tiles",
+    buckets=_PASSES_S,
+    registry=REGISTRY,
 )
 _STEPS = Counter("faithdiff_steps", "Denoising steps, each of one picture", registry=REGISTRY)
 _MEGAPIXEL_STEPS = Counter("faithdiff_megapixel_steps", "Denoising steps x megapixels of the result", registry=REGISTRY)
@@ -76,7 +79,7 @@ _COLD_START = Gauge(
 )
 _MODEL = Gauge("faithdiff_model_info", "1 for the model a replica serves", ("model", "version"), registry=REGISTRY)
 
-_PHASES = ("prepare", "denoise", "finish")
+_PHASES = ("queued", "encode", "denoise", "decode")
 
 
 def size_class(megapixels: float) -> str:
@@ -114,24 +117,30 @@ def count_takeover() -> None:
     _TAKEOVERS.inc()
 
 
-def observe_end(
-    state: str, *, megapixels: float, seconds: float, device_seconds: float = 0.0, cause: str = _NO_CAUSE
-) -> None:
+def observe_end(state: str, *, megapixels: float, seconds: float, cause: str = _NO_CAUSE) -> None:
     """A picture is done, failed, cancelled or expired, `seconds` after it was accepted; `cause` is a problem's kind."""
     _PICTURES.labels(state, cause).inc()
-    _DEVICE_SECONDS.inc(device_seconds)
     if state == "done":
         _PICTURE_SECONDS.labels(size_class(megapixels)).observe(max(0.0, seconds))
         _PIXELS.inc(megapixels * 1e6)
 
 
-def observe_step(*, num_pictures: int, num_tiles: int, num_slots: int, megapixels: float, seconds: float) -> None:
-    """One step of a batch: `num_tiles` of `num_slots`, of so many pictures, worth `megapixels` of their results."""
-    _STEP_SECONDS.observe(seconds)
-    _STEPS.inc(num_pictures)
-    _MEGAPIXEL_STEPS.inc(megapixels)
+def observe_device(phase: str, seconds: float) -> None:
+    """The device has worked for so long: on encode, denoise or decode."""
+    _DEVICE_SECONDS.labels(phase).inc(seconds)
+
+
+def observe_pass(num_tiles: int, num_slots: int, seconds: float) -> None:
+    """One denoising pass over `num_tiles` tiles, where there was room for `num_slots`."""
+    _PASS_SECONDS.observe(seconds)
     _TILES.inc(num_tiles)
     _SLOTS.inc(num_slots)
+
+
+def count_step(megapixels: float) -> None:
+    """A picture whose result has so many megapixels has taken a step."""
+    _STEPS.inc()
+    _MEGAPIXEL_STEPS.inc(megapixels)
 
 
 def set_load(entries: Mapping[str, int], *, megapixels: float, free_megapixels: float) -> None:
@@ -172,6 +181,8 @@ def _begin_at_zero() -> None:
     for state in ("done", "cancelled", "expired"):
         _PICTURES.labels(state, _NO_CAUSE)
     _PICTURES.labels("failed", "internal-error")
+    for phase in ("encode", "denoise", "decode"):
+        _DEVICE_SECONDS.labels(phase)
     for outcome in ("delivered", "retried", "given-up"):
         _WEBHOOKS.labels(outcome)
     _REFUSALS.labels("limit-reached")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from ray import serve
-
 from serve.tracing import export_spans
 from sr_platform.metrics import Shared
 from sr_platform.observability import LogConfig, configure_logging
@@ -15,6 +13,8 @@ def make_visible(log: LogConfig) -> str:
     Raises:
         sr_platform.errors.ConfigError: a collector of spans is set that cannot be reached with what is installed.
     """
+    from ray import serve
+
     replica = serve.get_replica_context().replica_id
     deployment = str(replica.deployment_id.name)
     name = f"{deployment}#{replica.unique_id}"

@@ -131,13 +131,15 @@ def small_application() -> Any:
                 measurements.observe_queue(0.5, 0.01)
                 with ThreadPoolExecutor(1) as device:
                     device.submit(self._step, trace, job_id).result()
-                measurements.observe_end("done", megapixels=0.5, seconds=0.2, device_seconds=0.1)
+                measurements.observe_end("done", megapixels=0.5, seconds=0.2)
             return str(trace.trace_id)
 
         def _step(self, trace: Any, job_id: str) -> None:
             from serve import measurements, tracing
 
-            measurements.observe_step(num_pictures=1, num_tiles=1, num_slots=2, megapixels=0.5, seconds=0.1)
+            measurements.observe_device("denoise", 0.1)
+            measurements.observe_pass(1, 2, 0.1)
+            measurements.count_step(0.5)
             measurements.set_load({"denoise": 1}, megapixels=0.5, free_megapixels=8.0)
             tracing.record_span(trace, "step", 0.1, step=1, job_id=job_id)
 

@@ -218,9 +218,11 @@ def test_every_function_counts_what_it_says() -> None:
     measurements.count_webhook("delivered")
     measurements.count_takeover()
     measurements.observe_queue(0.5, 2.0)
-    measurements.observe_end("done", megapixels=2.0, seconds=9.0, device_seconds=1.5)
-    measurements.observe_end("failed", megapixels=2.0, seconds=1.0, device_seconds=0.5, cause="refused-by-model")
-    measurements.observe_step(num_pictures=3, num_tiles=6, num_slots=8, megapixels=4.5, seconds=0.2)
+    measurements.observe_end("done", megapixels=2.0, seconds=9.0)
+    measurements.observe_end("failed", megapixels=2.0, seconds=1.0, cause="refused-by-model")
+    measurements.observe_device("denoise", 1.5)
+    measurements.observe_pass(6, 8, 0.2)
+    measurements.count_step(1.5)
     measurements.set_load({"denoise": 2}, megapixels=4.0, free_megapixels=60.0)
     measurements.set_gpu_memory(used_bytes=10, total_bytes=80)
     measurements.set_cold_start(download_s=1.0, load_s=2.0, compile_s=3.0)
@@ -235,21 +237,25 @@ def test_every_function_counts_what_it_says() -> None:
         ("faithdiff_picture_seconds_sum", "medium"): 9.0,
         ("faithdiff_pictures_total", "done"): 1,
         ("faithdiff_pixels_total", ""): 2e6,
-        ("faithdiff_device_seconds_total", ""): 2.0,
-        ("faithdiff_steps_total", ""): 3,
-        ("faithdiff_megapixel_steps_total", ""): 4.5,
+        ("faithdiff_device_seconds_total", "denoise"): 1.5,
+        ("faithdiff_steps_total", ""): 1,
+        ("faithdiff_megapixel_steps_total", ""): 1.5,
         ("faithdiff_batch_tiles_total", ""): 6,
         ("faithdiff_batch_slots_total", ""): 8,
-        ("faithdiff_step_seconds_count", ""): 1,
+        ("faithdiff_pass_seconds_count", ""): 1,
     }
-    names = {"faithdiff_webhooks_total": "outcome", "faithdiff_pictures_total": "state"}
+    names = {
+        "faithdiff_webhooks_total": "outcome",
+        "faithdiff_pictures_total": "state",
+        "faithdiff_device_seconds_total": "phase",
+    }
     for (name, label), expected in grown.items():
         labels = {names.get(name, "size_class"): label} if label else {}
         assert value(after, name, **labels) - value(before, name, **labels) == pytest.approx(expected), name
     assert value(after, "faithdiff_pictures_total", cause="refused-by-model") >= 1
     assert value(after, "faithdiff_refusals_total", reason="queue-full") >= 1
     assert value(after, "faithdiff_entries", phase="denoise") == 2
-    assert value(after, "faithdiff_entries", phase="prepare") == 0
+    assert value(after, "faithdiff_entries", phase="decode") == 0
     assert value(after, "faithdiff_cold_start_seconds", part="compile") == 3.0
     assert value(after, "faithdiff_model_info") == 1
     assert value(after, "faithdiff_model_info", version="8") == 1
@@ -260,6 +266,8 @@ def test_counting_is_never_in_the_way_of_a_step() -> None:
     times_s = []
     for _ in range(2000):
         start_s = time.perf_counter()
-        measurements.observe_step(num_pictures=3, num_tiles=6, num_slots=8, megapixels=4.5, seconds=0.2)
+        measurements.observe_device("denoise", 0.2)
+        measurements.observe_pass(6, 8, 0.2)
+        measurements.count_step(1.5)
         times_s.append(time.perf_counter() - start_s)
     assert sorted(times_s)[1000] < 100e-6

@@ -103,12 +103,17 @@ def free_port() -> int:
 
 
 def small_application() -> Any:
-    """A gateway and a replica that do for one picture what those of the service do, with its own pieces.
-
-    Made in a function, so that Ray sends the classes whole: replicas cannot import this file.
-    """
+    """A gateway and a replica that do for one picture what those of the service do, with its own pieces."""
     from ray import serve
 
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.1}, "graceful_shutdown_wait_loop_s": 0.1}
+    replica = serve.deployment(name="Replica", **options)(replica_class()).bind()
+    gateway = serve.deployment(name="Gateway", **options)(serve.ingress()(gateway_class()))
+    return gateway.bind(replica)
+
+
+# Made in functions, so that Ray sends the classes whole: replicas cannot import this file.
+def replica_class() -> type:
     class Replica:
         def __init__(self) -> None:
             from serve import measurements
@@ -143,6 +148,10 @@ def small_application() -> Any:
             measurements.set_load({"denoise": 1}, megapixels=0.5, free_megapixels=8.0)
             tracing.record_span(trace, "step", 0.1, step=1, job_id=job_id)
 
+    return Replica
+
+
+def gateway_class() -> type:
     class Gateway:
         def __init__(self, replica: Any) -> None:
             from serve.visibility import make_visible
@@ -187,10 +196,7 @@ def small_application() -> Any:
                 logging.getLogger("serve.gateway").warning("got %s", dict(request.headers))
                 return PlainTextResponse(await self.replica.restore.remote(inside.traceparent, "job-1"))
 
-    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.1}, "graceful_shutdown_wait_loop_s": 0.1}
-    replica = serve.deployment(name="Replica", **options)(Replica).bind()
-    gateway = serve.deployment(name="Gateway", **options)(serve.ingress()(Gateway))
-    return gateway.bind(replica)
+    return Gateway
 
 
 @dataclass

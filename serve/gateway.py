@@ -1,44 +1,77 @@
-"""HTTP: reads the upload, hands the picture to a restorer, answers with a PNG or a problem. Holds no model.
+"""HTTP: takes pictures in, hands them to restorers or to the queue, answers with pictures or problems. Holds no model.
 
-    POST /v1/upscale   GET /v1/models   GET /healthz   GET /readyz   GET /docs   GET /openapi.json
+    POST /v1/upscale /v1/estimate   POST GET /v1/jobs   GET DELETE /v1/jobs/{id}   GET /v1/jobs/{id}/events /result
+    GET /v1/usage /v1/models /healthz /readyz /metrics /openapi.json /docs /
 
-A plain class: `build_api(Gateway(GatewayConfig(), restorer))` is an ASGI application that works without Ray.
+A plain class: `build_api(Gateway(GatewayConfig(), restorer, store, storage))` is an ASGI application that works
+without Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.security import HTTPBearer
 from pydantic import PositiveFloat, PositiveInt
+from sqlalchemy.exc import DBAPIError
 
 from faithdiff.errors import InputError
-from serve.form import UpscaleRequest, form_schema, read_form
-from serve.images import PictureLimits, check_output, decode_picture, encode_png
-from serve.problems import MEDIA_TYPE, Problem, install_handlers
+from serve import images
+from serve.access import Access, AccessConfig, caller_of
+from serve.envelope import Envelope
+from serve.estimate import Rates
+from serve.events import JobWatcher
+from serve.form import JobRequest, SizedRequest, UpscaleRequest, content_type, read_json
+from serve.housekeeping import Housekeeper, HousekeepingConfig
+from serve.images import PictureLimits
+from serve.intake import Intake, IntakeConfig
+from serve.job_api import JobEndpoints, add_job_routes
+from serve.job_json import PictureSize
+from serve.jobs import Backlog, JobStore
+from serve.metrics import MetricsConfig, install_metrics, note_size
+from serve.openapi import (
+    DESCRIPTION,
+    EstimateAnswer,
+    HealthJson,
+    ModelsJson,
+    ReadyJson,
+    SecretJson,
+    UsageJson,
+    form_body,
+    install_openapi,
+    picture_responses,
+    problems,
+)
+from serve.pages import add_docs, add_page
+from serve.problems import Problem, install_handlers
 from serve.restorer import Busy, ModelInfo, RestoredPicture
+from serve.webhooks import WebhookConfig, WebhookSender
 from sr_platform.config import StrictConfig
+from sr_platform.errors import StorageError
+from sr_platform.storage import Storage
 
 _RETRY_AFTER_S = 5
-_PROBLEM: dict[str, Any] = {"content": {MEDIA_TYPE: {}}}
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The multipart body is broken", **_PROBLEM},
-    413: {"description": "Too many bytes or pixels", **_PROBLEM},
-    415: {"description": "Not multipart, or not a picture of a known format", **_PROBLEM},
-    422: {"description": "A field is wrong, or the picture is damaged", **_PROBLEM},
-    503: {"description": "No replica is free; Retry-After says when to come again", **_PROBLEM},
-    504: {"description": "The restoration took too long", **_PROBLEM},
-}
-_PNG: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The restored picture, exactly scale x the size",
-        "content": {"image/png": {}},
-        "headers": {name: {"schema": {"type": "string"}} for name in ("X-Model-Version", "X-Manifest-Digest")},
-    }
-}
+_ALLOWED_HEADERS = (
+    "Authorization",
+    "Content-Type",
+    "Idempotency-Key",
+    "Last-Event-ID",
+    "Range",
+    "If-Range",
+    "If-None-Match",
+    "traceparent",
+)
+_SHARED_HEADERS = ("Location", "ETag", "Content-Range", "Retry-After", "X-Model-Version", "X-Manifest-Digest")
+
+logger = logging.getLogger(__name__)
 
 
 class GatewayConfig(StrictConfig):
@@ -46,12 +79,34 @@ class GatewayConfig(StrictConfig):
 
     num_replicas: PositiveInt = 1
     """Gateways."""
+    store_url: str = "sqlite:///out/serve/jobs.db"
+    """Where job records are: an SQLAlchemy URL such as postgresql+psycopg://host/database."""
+    storage_uri: str = "out/serve/files"
+    """Where inputs and results are: a folder or s3://bucket/prefix."""
     limits: PictureLimits = PictureLimits()
     """Sizes of pictures."""
+    intake: IntakeConfig = IntakeConfig()
+    """How much is taken in at once, and how long the queue may get."""
+    access: AccessConfig = AccessConfig()
+    """Who is let in."""
+    rates: Rates = Rates()
+    """What estimates and costs are computed with."""
+    metrics: MetricsConfig = MetricsConfig()
+    """Who may read /metrics."""
+    webhooks: WebhookConfig = WebhookConfig()
+    """Whom finished jobs may be sent to."""
+    housekeeping: HousekeepingConfig = HousekeepingConfig()
+    """Deliveries and removals in the background."""
+    job_ttl_s: PositiveFloat = 24 * 3600.0
+    """A job, its input and its result are removed so long after it was accepted."""
     request_timeout_s: PositiveFloat = 600.0
-    """Longest wait for a restored picture, queueing included; then 504, and the work ends."""
+    """Longest wait for a restored picture in /v1/upscale, queueing included; then 504, and the work ends."""
     ready_timeout_s: PositiveFloat = 5.0
     """Longest wait for a restorer's sign of life in /readyz and /v1/models."""
+    events_poll_s: PositiveFloat = 0.5
+    """Between looks at the jobs that event streams follow."""
+    page: bool = True
+    """Whether there is a web page at /."""
 
 
 class Unavailable(RuntimeError):  # noqa: N818 - the caller may come again
@@ -65,42 +120,96 @@ class RestorerClient(Protocol):
 
     async def describe(self) -> ModelInfo: ...
 
+    def wake(self) -> None:
+        """There is a new job: a replica may look at once. Returns without waiting."""
+
 
 class Gateway:
     """The endpoints, as methods."""
 
-    def __init__(self, cfg: GatewayConfig, restorer: RestorerClient) -> None:
-        self._cfg, self._restorer = cfg, restorer
+    def __init__(self, cfg: GatewayConfig, restorer: RestorerClient, store: JobStore, storage: Storage) -> None:
+        self.cfg, self._restorer, self._store = cfg, restorer, store
+        self.access = Access(cfg.access, store)
+        self._intake = Intake(cfg.intake, cfg.limits, cfg.rates, store)
+        self._webhooks = WebhookSender(cfg.webhooks)
+        self.housekeeper = Housekeeper(cfg.housekeeping, store, storage, self._webhooks, cfg.rates)
+        self.jobs = JobEndpoints(
+            store,
+            storage,
+            intake=self._intake,
+            access=self.access,
+            webhooks=self._webhooks,
+            watcher=JobWatcher(store, poll_s=cfg.events_poll_s),
+            rates=cfg.rates,
+            ttl_s=cfg.job_ttl_s,
+            wake=restorer.wake,
+        )
 
     async def upscale(self, request: Request) -> Response:
         """One picture up, the restored one down. Decoding and encoding leave the event loop free."""
-        data, wanted = await read_form(request, max_upload_bytes=self._cfg.limits.max_upload_bytes)
-        if len(data) > self._cfg.limits.max_upload_bytes:
-            raise Problem(413, "upload-too-large", f"picture: {len(data):,} bytes; send a smaller file")
-        lq = await asyncio.to_thread(decode_picture, data, self._cfg.limits)
-        check_output(lq, wanted.scale, self._cfg.limits)
-        restored = await self._restore(lq, wanted)
-        png = await asyncio.to_thread(encode_png, restored.image)
-        return Response(png, media_type="image/png", headers=_lineage(restored.model))
+        async with self._intake.upload(request, UpscaleRequest) as upload:
+            expected = await self._intake.estimate(upload.size_px, upload.wanted)
+            note_size(request, expected.megapixels)
+            await self.access.take(caller_of(request), expected.megapixels)
+        restored = await self._restore(upload.picture.rgb, upload.wanted)
+        data, media_type = await asyncio.to_thread(
+            images.write_picture, restored.image, upload.picture, upload.wanted.scale, upload.wanted.output_options()
+        )
+        return Response(data, media_type=media_type, headers=_lineage(restored.model))
 
-    async def models(self) -> dict[str, Any]:
+    async def estimate(self, request: Request) -> EstimateAnswer:
+        """What a request would take and cost: send its form, or JSON with width, height and the other fields."""
+        if content_type(request) == "application/json":
+            timeout_s = self.cfg.intake.upload_timeout_s
+            wanted: UpscaleRequest = (sized := await read_json(request, SizedRequest, timeout_s=timeout_s))
+            size_px = (sized.width, sized.height)
+            images.check_size(size_px, self.cfg.limits)
+            images.check_output(size_px, wanted.scale, self.cfg.limits)
+        else:
+            size_px, wanted = await self._intake.size_of(request, JobRequest)
+        expected = await self._intake.estimate(size_px, wanted)
+        return EstimateAnswer(
+            input=PictureSize(width=size_px[0], height=size_px[1]),
+            output=PictureSize(width=expected.size_px[0], height=expected.size_px[1]),
+            megapixels=expected.megapixels,
+            tiles=expected.num_tiles,
+            megapixel_steps=round(expected.work, 6),
+            device_seconds=expected.device_seconds,
+            wait_seconds=round(await self._intake.wait_s(), 3),
+            price=expected.price,
+            currency=expected.currency,
+        )
+
+    async def usage(self, request: Request) -> UsageJson:
+        """What the key has used today (UTC), and its limits; null where nothing is counted or limited."""
+        return await self.access.usage(caller_of(request))
+
+    async def webhook_secret(self, request: Request) -> SecretJson:
+        """The secret that webhooks of this key's jobs are signed with, for libraries of Standard Webhooks."""
+        return SecretJson(secret=self._webhooks.secret_of(caller_of(request).key_id))
+
+    async def models(self) -> ModelsJson:
         """The models that are served."""
-        return {"models": [asdict(await self._model())]}
+        return ModelsJson(models=[asdict(await self._model())])
 
-    async def healthz(self) -> dict[str, str]:
+    async def healthz(self) -> HealthJson:
         """The gateway is alive, whatever the restorers do."""
-        return {"status": "ok"}
+        return HealthJson(status="ok")
 
-    async def readyz(self) -> dict[str, str]:
+    async def readyz(self) -> ReadyJson:
         """A restorer with a loaded model answers."""
-        return {"status": "ready", "model_version": (await self._model()).version}
+        return ReadyJson(status="ready", model_version=(await self._model()).version)
+
+    def backlog(self) -> Backlog:
+        """What waits, for metrics."""
+        return self._store.backlog()
 
     async def _restore(self, lq: np.ndarray, wanted: UpscaleRequest) -> RestoredPicture:
         try:
-            async with asyncio.timeout(self._cfg.request_timeout_s):
+            async with asyncio.timeout(self.cfg.request_timeout_s):
                 return await self._restorer.restore(lq, wanted)
         except TimeoutError as error:
-            detail = f"request: no result within {self._cfg.request_timeout_s:g} s; ask for fewer steps or pixels"
+            detail = f"request: no result within {self.cfg.request_timeout_s:g} s; ask for fewer steps or pixels"
             raise Problem(504, "timed-out", detail) from error
         except InputError as error:
             raise Problem(422, "refused-by-model", str(error)) from error
@@ -109,28 +218,86 @@ class Gateway:
 
     async def _model(self) -> ModelInfo:
         try:
-            async with asyncio.timeout(self._cfg.ready_timeout_s):
+            async with asyncio.timeout(self.cfg.ready_timeout_s):
                 return await self._restorer.describe()
         except (TimeoutError, Busy, Unavailable) as error:
             detail = f"restorer: no replica answers ({str(error) or 'too slow'})"
             raise Problem(503, "not-ready", detail, retry_after_s=_RETRY_AFTER_S) from error
 
 
-def build_api(gateway: Gateway) -> FastAPI:
-    """The ASGI application of a gateway, errors and documentation included."""
-    api = FastAPI(title="FaithDiff", description="Faithful restoration and enlargement of pictures.")
+def build_api(gateway: Gateway, *, process: str = "local") -> FastAPI:
+    """The ASGI application of a gateway, errors, page and documentation included; its housekeeping runs with it.
+
+    `process` is the name under which the metrics of this process are shared.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with gateway.housekeeper:
+            yield
+
+    api = FastAPI(title="FaithDiff", description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None)
     install_handlers(api)
-    body = {"required": True, "content": {"multipart/form-data": {"schema": form_schema()}}}
-    api.post(
-        "/v1/upscale",
-        response_class=Response,
-        responses={**_PNG, **_PROBLEMS},
-        openapi_extra={"requestBody": body},
-    )(gateway.upscale)
-    api.get("/v1/models", responses={503: _PROBLEMS[503]})(gateway.models)
-    api.get("/healthz")(gateway.healthz)
-    api.get("/readyz", responses={503: _PROBLEMS[503]})(gateway.readyz)
+    _install_outage_handlers(api)
+    _add_routes(api, gateway)
+    install_openapi(api)
+    add_docs(api)
+    if gateway.cfg.page:
+        add_page(api)
+    install_metrics(api, gateway.cfg.metrics, process=process, backlog=gateway.backlog)
+    origins = gateway.cfg.access.allowed_origins
+    if origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=_ALLOWED_HEADERS,
+            expose_headers=_SHARED_HEADERS,
+        )
+    api.add_middleware(Envelope, is_shared=bool(origins))
     return api
+
+
+def _add_routes(api: FastAPI, gateway: Gateway) -> None:
+    needs_key = (
+        [Depends(HTTPBearer(auto_error=False, description="A key"))] if gateway.cfg.access.mode == "keys" else []
+    )
+    router = APIRouter(dependencies=[*needs_key, Depends(gateway.access.admit)])
+    router.post(
+        "/v1/upscale",
+        tags=["pictures"],
+        response_class=Response,
+        responses={**problems(400, 408, 413, 415, 422, 429, 503, 504), **picture_responses(200)},
+        openapi_extra=form_body(UpscaleRequest),
+    )(gateway.upscale)
+    add_job_routes(router, gateway.jobs)
+    router.post(
+        "/v1/estimate",
+        tags=["pictures"],
+        responses=problems(400, 408, 413, 415, 422, 503),
+        openapi_extra=form_body(JobRequest, sized=SizedRequest),
+    )(gateway.estimate)
+    router.get("/v1/usage", tags=["keys"], responses=problems(503))(gateway.usage)
+    if gateway.cfg.webhooks.allowed_hosts:
+        router.get("/v1/webhook-secret", tags=["keys"], responses=problems())(gateway.webhook_secret)
+    router.get("/v1/models", tags=["service"], responses=problems(503))(gateway.models)
+    api.include_router(router)
+    api.get("/healthz", tags=["service"])(gateway.healthz)
+    api.get("/readyz", tags=["service"], responses={503: problems(503)[503]})(gateway.readyz)
+    api.head("/healthz", include_in_schema=False)(gateway.healthz)
+    api.head("/readyz", include_in_schema=False)(gateway.readyz)
+
+
+def _install_outage_handlers(api: FastAPI) -> None:
+    """A database or storage that is away for a while is no error of the request: it may be sent again."""
+
+    async def on_outage(request: Request, error: Exception) -> Response:
+        logger.error("serve: %s %s: an outage", request.method, request.url.path, exc_info=error)
+        detail = "service: its database or storage does not answer; send the request again, with its Idempotency-Key"
+        return Problem(503, "outage", detail, retry_after_s=_RETRY_AFTER_S).response(request.url.path)
+
+    api.add_exception_handler(StorageError, on_outage)
+    api.add_exception_handler(DBAPIError, on_outage)
 
 
 def _lineage(model: ModelInfo) -> dict[str, str]:

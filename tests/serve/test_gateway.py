@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import asyncio
+import logging
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import replace
 from io import BytesIO
 from typing import Any, get_args
@@ -12,23 +15,25 @@ import pytest
 from PIL import Image
 
 from faithdiff.errors import InputError
+from faithdiff.picture_files import OutputOptions
 from faithdiff.request import MAX_SCALE, ColorFix, RestorationRequest, StartFrom
+from serve import images
+from serve.estimate import Rates
 from serve.form import UpscaleRequest
 from serve.gateway import GatewayConfig, Unavailable
 from serve.images import PictureLimits
+from serve.intake import IntakeConfig
 from serve.restorer import Busy
 
 pytestmark = pytest.mark.anyio
+
+JSON_TYPE = "application/json"
+JSON = {"Content-Type": JSON_TYPE}
 
 
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-@pytest.fixture
-def png(picture: np.ndarray, to_file: Callable[..., bytes]) -> bytes:
-    return to_file(picture, "PNG")
 
 
 def _problem(response: Any, status: int) -> dict[str, Any]:
@@ -59,6 +64,7 @@ async def test_every_field_reaches_the_restorer(connect: Any, restorer: Any, png
     fields = {
         "scale": 2, "prompt": "A cat, \u65e5\u672c.", "negative_prompt": "blur", "num_inference_steps": 7,
         "guidance_scale": 2.5, "seed": 2**63 - 1, "start_from": "noise", "color_fix": "wavelet",
+        "output_format": "jpeg", "output_quality": 70, "keep_metadata": False,
     }  # fmt: skip
     assert fields.keys() == UpscaleRequest.model_fields.keys()
     async with connect() as client:
@@ -74,7 +80,11 @@ async def test_without_fields_the_defaults_are_those_of_the_pipeline(connect: An
     assert response.status_code == 200
     assert response.headers["x-manifest-digest"] == "none"
     pipeline = RestorationRequest()
-    assert restorer.requests[0].model_dump() == {name: getattr(pipeline, name) for name in UpscaleRequest.model_fields}
+    settings = restorer.requests[0].restoration_fields()
+    assert settings == {name: getattr(pipeline, name) for name in settings}
+    options = OutputOptions()
+    assert restorer.requests[0].output_options() == options
+    assert UpscaleRequest.model_fields.keys() - settings.keys() == {"output_format", "output_quality", "keep_metadata"}
 
 
 def test_the_form_allows_what_the_model_allows() -> None:
@@ -102,6 +112,11 @@ def test_the_form_allows_what_the_model_allows() -> None:
     ({"num_inference_steps": "0", "color_fix": "none!"}, "color_fix"),
     ({"prompt": "x" * 5000}, "at most 4000 characters"),
     ({"scale": ["2", "3"]}, "scale: given more than once"),
+    ({"output_format": "gif"}, "'png', 'jpeg', 'webp' or 'tiff'"),
+    ({"output_quality": "0"}, "output_quality"),
+    ({"keep_metadata": "perhaps"}, "keep_metadata"),
+    ({"prompt": "a\0b"}, "prompt"),
+    ({"priority": "9"}, "priority: no such field"),
 ])  # fmt: skip
 async def test_wrong_fields_are_named_all_at_once(
     connect: Any, restorer: Any, png: bytes, fields: dict[str, Any], says: str
@@ -221,12 +236,188 @@ async def test_models_tells_version_lineage_and_cold_start(connect: Any) -> None
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("output_format", "media_type"), [
+    ("png", "image/png"), ("jpeg", "image/jpeg"), ("webp", "image/webp"), ("tiff", "image/tiff"),
+])  # fmt: skip
+async def test_the_client_chooses_the_file_format(
+    connect: Any, png: bytes, output_format: str, media_type: str
+) -> None:
+    async with connect() as client:
+        fields = {"scale": "2", "output_format": output_format}
+        answer = await client.post("/v1/upscale", files={"picture": png}, data=fields)
+    assert answer.headers["content-type"] == media_type
+    restored = Image.open(BytesIO(answer.content))
+    assert (restored.format, restored.size) == (output_format.upper(), (64, 48))
+
+
+async def test_an_estimate_is_the_same_for_a_picture_and_for_its_size(connect: Any, store: Any, png: bytes) -> None:
+    cfg = GatewayConfig(rates=Rates(price_per_device_second=0.5, currency="EUR", megapixel_steps_per_s=2.0))
+    async with connect(cfg) as client:
+        by_form = await client.post("/v1/estimate", files={"picture": png}, data={"scale": "8"})
+        by_json = await client.post("/v1/estimate", json={"width": 32, "height": 24, "scale": 8})
+    megapixels = 32 * 24 * 64 / 1e6
+    seconds = megapixels * 20 / 2.0
+    assert by_form.json() == by_json.json() == {
+        "input": {"width": 32, "height": 24}, "output": {"width": 256, "height": 192}, "megapixels": megapixels,
+        "tiles": 1, "megapixel_steps": pytest.approx(megapixels * 20), "device_seconds": round(seconds, 3),
+        "wait_seconds": 0.0, "price": pytest.approx(seconds * 0.5, abs=1e-6), "currency": "EUR",
+    }  # fmt: skip
+
+
+async def test_an_estimate_knows_how_fast_the_replicas_are_and_what_waits(connect: Any, store: Any, png: bytes) -> None:
+    for owner in ("a", "b"):
+        info = {"megapixel_steps_per_s": 0.5, "tile_px": 64, "tile_stride_fraction": 0.5}
+        store.report_replica(owner, info)
+    async with connect() as client:
+        await client.post("/v1/jobs", files={"picture": png})
+        found = (await client.post("/v1/estimate", json={"width": 32, "height": 24})).json()
+    work = 32 * 24 * 16 / 1e6 * 20
+    assert found["device_seconds"] == round(work / 0.5, 3)
+    assert found["wait_seconds"] == round(work / (2 * 0.5), 3)
+    assert found["tiles"] == 3 * 2
+
+
+@pytest.mark.parametrize(("body", "says"), [
+    ({}, "width"), ({"width": 0, "height": 1}, "width"), ({"width": "10", "height": 10}, "width"),
+    ({"width": 10, "height": 10, "scale": "2"}, "scale"), ({"width": 10, "height": 10, "x": 1}, "no such field"),
+    ([], "body"), ("x", "body"),
+])  # fmt: skip
+async def test_wrong_json_is_named(connect: Any, body: Any, says: str) -> None:
+    async with connect() as client:
+        assert says in _problem(await client.post("/v1/estimate", json=body), 422)["detail"]
+
+
+async def test_an_estimate_refuses_what_the_service_would_refuse(connect: Any) -> None:
+    cfg = GatewayConfig(limits=PictureLimits(max_input_px=1000, max_output_px=4000))
+    async with connect(cfg) as client:
+        _problem(await client.post("/v1/estimate", json={"width": 40, "height": 30}), 413)
+        _problem(await client.post("/v1/estimate", json={"width": 30, "height": 30}), 413)
+        answer = await client.post("/v1/estimate", json={"width": 30, "height": 30, "scale": 2})
+        assert answer.status_code == 200
+        _problem(await client.post("/v1/estimate", content=b"x" * 100_000, headers=JSON), 413)
+        _problem(await client.post("/v1/estimate", content=b"{", headers=JSON), 422)
+        _problem(await client.post("/v1/estimate", content=b"{}", headers={"Content-Type": "text/plain"}), 415)
+
+
+async def test_an_upload_that_does_not_arrive_is_given_up(connect: Any) -> None:
+    async def stuck() -> Any:
+        yield b'--x\r\nContent-Disposition: form-data; name="picture"; filename="a"\r\n\r\n'
+        await asyncio.sleep(30)
+
+    cfg = GatewayConfig(intake=IntakeConfig(upload_timeout_s=0.1))
+    async with connect(cfg) as client:
+        for path, content_type in (("/v1/upscale", "multipart/form-data; boundary=x"), ("/v1/estimate", JSON_TYPE)):
+            answer = await client.post(path, content=stuck(), headers={"Content-Type": content_type})
+            assert _problem(answer, 408)["type"].endswith(":upload-too-slow")
+
+
+async def test_only_so_many_pictures_are_in_memory_at_once(
+    connect: Any, png: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, most, read = 0, 0, images.read_picture
+
+    def counted(*args: Any) -> Any:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        time.sleep(0.02)
+        now -= 1
+        return read(*args)
+
+    monkeypatch.setattr(images, "read_picture", counted)
+    async with connect(GatewayConfig(intake=IntakeConfig(max_pictures_at_once=2))) as client:
+        answers = await asyncio.gather(*(client.post("/v1/upscale", files={"picture": png}) for _ in range(8)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert most == 2
+
+
+async def test_every_answer_carries_ids_and_security_headers(connect: Any, restorer: Any, png: bytes) -> None:
+    async with connect() as client:
+        answers = [
+            await client.get("/healthz"),
+            await client.get("/v1/jobs"),
+            await client.get("/nowhere"),
+            await client.put("/v1/jobs"),
+            await client.post("/v1/upscale", files={"picture": png}),
+        ]
+        restorer.error = RuntimeError("broken")
+        answers.append(await client.post("/v1/upscale", files={"picture": png}))
+    assert [answer.status_code for answer in answers] == [200, 200, 404, 405, 200, 500]
+    for answer in answers:
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
+        assert answer.headers["x-frame-options"] == "DENY"
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+        version, trace_id, span_id, flags = answer.headers["traceparent"].split("-")
+        assert (version, len(trace_id), span_id, flags) == ("00", 32, answer.headers["x-request-id"], "01")
+    assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
+    assert [answer.headers.get("cache-control") for answer in answers[1:2]] == ["no-store"]
+
+
+@pytest.mark.parametrize("sent", [
+    "", "x", "00-" + "0" * 32 + "-b7ad6b7169203331-01", "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01",
+])  # fmt: skip
+async def test_what_is_no_traceparent_starts_a_trace(connect: Any, sent: str) -> None:
+    async with connect() as client:
+        answer = await client.get("/healthz", headers={"traceparent": sent})
+    assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-01", answer.headers["traceparent"])
+    assert "0af7651916cd43dd" not in answer.headers["traceparent"]
+
+
+async def test_requests_are_logged_with_their_ids_and_nothing_is_forged(
+    connect: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "serve")
+    async with connect() as client:
+        await client.get("/a%0d%0aERROR: forged?token=hush")
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "serve.envelope"]
+    assert line.startswith("request: GET /a\\r\\nERROR: forged answered 404 in ")
+    assert "hush" not in line
+
+
+async def test_head_is_answered_where_get_is(connect: Any) -> None:
+    async with connect() as client:
+        for path in ("/healthz", "/readyz"):
+            answer = await client.head(path)
+            assert (answer.status_code, answer.content) == (200, b"")
+
+
+async def test_the_documentation_needs_no_other_host(connect: Any) -> None:
+    async with connect() as client:
+        docs = await client.get("/docs")
+        assert docs.headers["content-security-policy"].startswith("default-src 'self';")
+        assert "<script>" not in docs.text
+        found = re.findall(r'(?:src|href)="([^"]+)"', docs.text)
+        assert len(found) == 4
+        for path in found:
+            assert (await client.get(f"/{path}")).status_code == 200, path
+
+
+async def test_metrics_are_there(connect: Any) -> None:
+    async with connect() as client:
+        await client.get("/healthz")
+        text = (await client.get("/metrics")).text
+    assert re.search(r'faithdiff_requests_total\{.*route="/healthz".*\} ', text)
+    assert "faithdiff_store_up 1.0" in text
+
+
+async def test_the_page_is_off_where_it_is_not_wanted(connect: Any) -> None:
+    async with connect(GatewayConfig(page=False)) as client:
+        _problem(await client.get("/"), 404)
+        _problem(await client.get("/ui/app.js"), 404)
+
+
 async def test_unknown_paths_and_methods_are_problems(connect: Any) -> None:
     async with connect() as client:
         _problem(await client.get("/v2/upscale"), 404)
         response = await client.get("/v1/upscale")
         _problem(response, 405)
         assert response.headers["allow"] == "POST"
+        response = await client.put("/v1/jobs")
+        _problem(response, 405)
+        assert response.headers["allow"] == "GET, POST"
+        _problem(await client.request("PURGE", "/"), 405)
 
 
 async def test_the_openapi_document_describes_the_form(connect: Any) -> None:

@@ -4,14 +4,16 @@ Every picture in hand is an entry. What it needs of the device comes in quanta: 
 shape, or a turn of its encoding or decoding, which ends at the next break (`faithdiff.breaks`). Between two quanta
 anything may be chosen, so that a large picture holds up a small one by one quantum and by its share after that.
 
-Shares follow weights: 2 ** (priority - 5) / sqrt(work). A picture with 64 times the work gets an eighth of the share,
-and so is done 8 times faster per unit of work than first come, first served would have it, yet never starves.
+Shares follow weights: 2 ** (priority - 5) / sqrt(work). A picture with 64 times the work of another gets an eighth of
+its share while both are there: the small one hardly waits, and the large one never starves.
 
-The algorithm is WF2Q+ (Bennett and Zhang, Hierarchical packet fair queueing algorithms, IEEE/ACM Transactions on
-Networking 5(5), 1997): an entry's start tag is its service so far / its weight; of the entries whose start tag the
-virtual time has reached, the one that would finish its next quantum first is served. Two things differ because our
-entries come and go: virtual time runs at 1 / the weights that compete (as the global pass of stride
-scheduling does, Waldspurger and Weihl 1995), and a quantum is charged what it has cost when it is over.
+The algorithm is weighted fair queueing (Demers, Keshav and Shenker 1989; Parekh and Gallager, A generalized processor
+sharing approach to flow control, IEEE/ACM Transactions on Networking 1(3), 1993): an entry's start tag is what it has
+had / its weight, and the one that would finish its next quantum at the earliest virtual time is served. No entry ever
+falls behind its share by more than about one quantum. Our entries come and go and costs are known only afterwards, so
+virtual time runs at 1 / the weights that compete, as the global pass of stride scheduling (Waldspurger and Weihl 1995),
+newcomers start there, and a quantum is charged when it is over. Worst-case fairness (WF2Q) is left out on purpose: it
+would hold a small picture back behind a whole tile of a large one as soon as it is a little ahead of its share.
 """
 
 from __future__ import annotations
@@ -56,7 +58,6 @@ Quantum = Turn | Pass
 class _Entry:
     weight: float
     start: float
-    order: int
     shape: Shape | None = None
     tiles: list[int] = field(default_factory=list)
     wants_turn: bool = False
@@ -86,7 +87,7 @@ class Scheduler:
         """A new entry of `work` megapixel-steps, which needs nothing yet; returns the number it goes by."""
         assert work > 0
         self._num_added += 1
-        self._entries[self._num_added] = _Entry(weight(work, priority), self._virtual_time, self._num_added)
+        self._entries[self._num_added] = _Entry(weight(work, priority), self._virtual_time)
         return self._num_added
 
     def remove(self, entry: int) -> None:
@@ -115,8 +116,7 @@ class Scheduler:
         if not waiting:
             return None
         self._virtual_time = max(self._virtual_time, min(entry.start for entry in waiting.values()))
-        eligible = [number for number, entry in waiting.items() if entry.start <= self._virtual_time]
-        chosen = min(eligible, key=lambda number: (self._finish(waiting[number]), waiting[number].order))
+        chosen = min(waiting, key=lambda number: (self._finish(waiting[number]), number))
         if waiting[chosen].wants_turn:
             waiting[chosen].wants_turn = False
             quantum: Quantum = Turn(chosen)
@@ -172,7 +172,7 @@ class Scheduler:
         capacity = self._capacity(first)
         company = sorted(
             (number for number, entry in waiting.items() if number != chosen and self._may_join(entry, first)),
-            key=lambda number: (waiting[number].start, waiting[number].order),
+            key=lambda number: (waiting[number].start, number),
         )
         tiles: list[tuple[int, int]] = []
         for number in [chosen, *company]:

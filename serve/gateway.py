@@ -34,7 +34,7 @@ from serve.housekeeping import Housekeeper, HousekeepingConfig
 from serve.images import PictureLimits
 from serve.intake import Intake, IntakeConfig
 from serve.job_api import JobEndpoints, add_job_routes
-from serve.job_json import PictureSize
+from serve.job_json import PictureSize, WebhookEvent
 from serve.jobs import Backlog, JobStore
 from serve.metrics import MetricsConfig, install_metrics, note_size
 from serve.openapi import (
@@ -258,6 +258,14 @@ def build_api(gateway: Gateway, *, process: str = "local") -> FastAPI:
     return api
 
 
+def job_ended(event: WebhookEvent) -> None:
+    """Sent to a job's `webhook_url` when it has ended, again and again until the answer is 2xx.
+
+    Signed as Standard Webhooks says, in the headers webhook-id, webhook-timestamp and webhook-signature, with the
+    secret of `GET /v1/webhook-secret`.
+    """
+
+
 def _add_routes(api: FastAPI, gateway: Gateway) -> None:
     needs_key = (
         [Depends(HTTPBearer(auto_error=False, description="A key"))] if gateway.cfg.access.mode == "keys" else []
@@ -279,6 +287,7 @@ def _add_routes(api: FastAPI, gateway: Gateway) -> None:
     )(gateway.estimate)
     router.get("/v1/usage", tags=["keys"], responses=problems(503))(gateway.usage)
     if gateway.cfg.webhooks.allowed_hosts:
+        api.webhooks.post("job-ended", tags=["jobs"])(job_ended)
         router.get("/v1/webhook-secret", tags=["keys"], responses=problems())(gateway.webhook_secret)
     router.get("/v1/models", tags=["service"], responses=problems(503))(gateway.models)
     api.include_router(router)

@@ -6,7 +6,6 @@ Every gateway runs the loop. Webhooks are leased one by one; of the removals one
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import time
@@ -18,7 +17,7 @@ from typing import Any
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from serve.estimate import Rates
-from serve.job_json import job_json, timestamp
+from serve.job_json import WebhookEvent, job_json, timestamp
 from serve.jobs import JobStore, Webhook
 from serve.measurements import count_webhook
 from serve.tracing import Trace, entered
@@ -128,14 +127,14 @@ class Housekeeper:
         if job is None:  # expired meanwhile
             await asyncio.to_thread(self._store.webhook_failed, webhook.id, None)
             return
-        event = {
-            "type": f"job.{job.state.value}",
-            "timestamp": timestamp(job.ended_at or time.time()),
-            "data": job_json(job, None, self._rates).model_dump(mode="json"),
-        }
+        event = WebhookEvent(
+            type=f"job.{job.state.value}",
+            timestamp=timestamp(job.ended_at or time.time()),
+            data=job_json(job, None, self._rates),
+        )
         with entered(Trace(job.trace_id), job_id=job.id):
             sent = await self._webhooks.deliver(
-                webhook.url, webhook_id=webhook.id, key_id=job.key_id, body=json.dumps(event).encode()
+                webhook.url, webhook_id=webhook.id, key_id=job.key_id, body=event.model_dump_json().encode()
             )
             retry_at = None if sent.is_final else self._webhooks.retry_at(webhook.attempt, time.time())
             if sent.is_done:

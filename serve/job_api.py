@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from typing import Annotated, Any
+from weakref import WeakValueDictionary
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -53,6 +54,7 @@ class JobEndpoints:
         self._store, self._storage, self._intake, self._access = store, storage, intake, access
         self._webhooks, self._watcher, self._rates = webhooks, watcher, rates
         self._ttl_s, self._wake = ttl_s, wake
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def submit(self, request: Request) -> Response:
         """Accepts a picture: the answer is the job, which from then on cannot be lost."""
@@ -151,7 +153,16 @@ class JobEndpoints:
         )
 
     async def _accept(self, caller: Caller, new: NewJob, data: bytes) -> tuple[Job, bool]:
-        """The row, and whether it is new. The input is in storage before there is a row that needs it."""
+        """The row, and whether it is new. Repeated requests wait for each other: only the first is counted."""
+        if new.idempotency_key is None:
+            return await self._store_and_submit(caller, new, data)
+        name = f"{caller.key_id} {new.idempotency_key}"
+        turn = self._turns.setdefault(name, asyncio.Lock())
+        async with turn:
+            return await self._store_and_submit(caller, new, data)
+
+    async def _store_and_submit(self, caller: Caller, new: NewJob, data: bytes) -> tuple[Job, bool]:
+        """The input is in storage before there is a row that needs it."""
         replayed = await self._replayed(new)
         if replayed is not None:
             return replayed, False

@@ -92,6 +92,14 @@ class JobPage(BaseModel):
     )
 
 
+class WebhookEvent(BaseModel):
+    """What a webhook brings."""
+
+    type: str = Field(examples=["job.done"], description="job.done, job.failed or job.cancelled")
+    timestamp: str = Field(examples=["2026-01-31T12:01:32.500Z"], description="When the job ended")
+    data: JobJson
+
+
 def job_json(job: Job, position: int | None, rates: Rates) -> JobJson:
     """`job` as clients see it; `position` counts the jobs before it in the queue."""
     width, height = job.input_size_px

@@ -82,6 +82,7 @@ async def test_a_webhook_tells_the_end_of_a_job_again_and_again_until_heard(
             fields = {"webhook_url": hooks.url, "num_inference_steps": "2"}
             job = (await client.post("/v1/jobs", files={"picture": png}, data=fields)).json()
             await _until(lambda: len(hooks.received) == 3)
+            document = (await client.get("/openapi.json")).json()
             secret = (await client.get("/v1/webhook-secret")).json()["secret"]
             await asyncio.sleep(0.3)
             whole = (await client.get(job["links"]["self"])).json()
@@ -93,6 +94,7 @@ async def test_a_webhook_tells_the_end_of_a_job_again_and_again_until_heard(
         expected = base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
         assert headers["webhook-signature"] == f"v1,{expected}"
     event = json.loads(hooks.received[-1][1])
+    assert "job-ended" in document["webhooks"]
     assert event == {"type": "job.done", "timestamp": whole["ended_at"], "data": whole}
 
 

@@ -84,6 +84,15 @@ async def test_a_retry_storm_with_one_key_makes_one_job(
     assert {name.split("/")[1] for name in storage.list("jobs/")} == {job_id}
 
 
+async def test_of_a_storm_only_one_request_is_counted(connect: Any, store: Any, png: bytes) -> None:
+    _, token = store.create_key("a", limits=KeyLimits(megapixels_per_day=1.5 * MEGAPIXELS))
+    async with connect(GatewayConfig(access=AccessConfig(mode="keys")), key=token) as client:
+        sent = {"Idempotency-Key": "one"}
+        storm = [client.post("/v1/jobs", files={"picture": png}, headers=sent) for _ in range(12)]
+        assert {answer.status_code for answer in await asyncio.gather(*storm)} == {202}
+        assert (await client.get("/v1/usage")).json()["today"]["requests"] == 1
+
+
 async def _ended(client: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
     ends_s = time.monotonic() + 20
     while (job := (await client.get(f"/v1/jobs/{job_id}")).json())["state"] in ("queued", "running"):

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
@@ -206,9 +207,12 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Cancels what is in hand and ends all threads."""
-        self._is_closed = True
+        """Cancels what is in hand, and returns when all threads have ended."""
+        with self._lock:
+            self._is_closed = True
+            entries = list(self._entries.values())
         self._device.close()
+        futures.wait([entry.future for entry in entries])
 
     def _check_size(self, size_px: tuple[int, ...], request: RestorationRequest, footprint: Footprint) -> None:
         if self._room.holds([footprint]):

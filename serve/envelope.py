@@ -81,7 +81,8 @@ class _Answer:
         # Line breaks and the like in a path must not forge lines of the log.
         self.name = f"{scope['method']} {scope['path'].encode('unicode_escape').decode()}"
         self.status, self._started_s = 0, time.monotonic()
-        self._send, self._is_shared, self._path = send, is_shared, scope["path"]
+        self._send, self._is_shared = send, is_shared
+        self._path = scope["path"].removeprefix(scope.get("root_path", ""))
         # Of this request alone, whatever the server shares.
         self._state: dict[str, Any] = dict(scope.get("state", {}))
         scope["state"] = self._state

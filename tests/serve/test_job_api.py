@@ -101,6 +101,22 @@ async def _ended(client: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
     return dict(job)
 
 
+async def test_any_gateway_knows_the_jobs_of_every_other(serving: Any, working: Any, png: bytes) -> None:
+    sent = {"Idempotency-Key": "one"}
+    with serving() as first, serving() as second, working():
+        async with httpx.AsyncClient(timeout=60) as client:
+            storm = [
+                client.post(f"{url}/v1/jobs", files={"picture": png}, headers=sent) for url in (first, second) * 6
+            ]
+            (job_id,) = {answer.json()["id"] for answer in await asyncio.gather(*storm)}
+            for url in (first, second):
+                events = (await client.get(f"{url}/v1/jobs/{job_id}/events")).text
+                assert "event: done" in events
+            results = [await client.get(f"{url}/v1/jobs/{job_id}/result") for url in (first, second)]
+    assert results[0].content == results[1].content
+    assert results[0].headers["etag"] == results[1].headers["etag"]
+
+
 async def test_one_key_with_another_body_is_refused(connect: Any, store: Any, storage: Any, png: bytes) -> None:
     sent = {"Idempotency-Key": "one"}
     async with connect() as client:

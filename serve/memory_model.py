@@ -3,8 +3,8 @@
 A picture holds memory while others run, and works with more of it during its own quanta. One quantum runs at a time, so
 pictures fit together while the sum of what they hold and the most that any of them works with fit.
 
-Bytes per pixel follow from the model's widths. The factors of `_MAPS` were measured (tests/serve/test_memory_model.py
-allocates for real and compares); all of it is meant to be a little more than what is seen.
+Bytes per pixel follow from the model's widths; how many maps of a width are alive at once was measured on nano, where
+the model is 5 to 20 % above what a process really takes (tests/serve/test_memory_model.py measures again).
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _CELL_PX = 8
 _FLOAT_BYTES = 4
+# Per pixel: a picture as floats, twice while it is converted; and the planes of the colour transfer.
+_PICTURE_BYTES = 2 * 3 * _FLOAT_BYTES
+_COLOR_FIX_BYTES = {"adain": 48, "wavelet": 73, "none": 12}
 
 
 class TooLarge(RequestError):  # noqa: N818 - reads as what is wrong
@@ -63,11 +66,11 @@ class Room:
         """Bytes to spare beside these pictures; negative where they do not fit."""
         several = list(footprints)
         device = sum(f.held_device for f in several) + max((f.working_device for f in several), default=0)
-        # Enlarging and the colour transfer run beside each other, in threads of their own.
-        host = sum(f.held_host + f.working_host for f in several)
         if self.host is None:
-            return self.device - device - host
-        return min(self.device - device, self.host - host)
+            # A picture that is on the host, where many are at once, holds nothing large on the device.
+            held = sum(max(f.held_device, f.working_host) + f.held_host for f in several)
+            return self.device - held - max((f.working_device for f in several), default=0)
+        return min(self.device - device, self.host - sum(f.held_host + f.working_host for f in several))
 
 
 class MemoryModel:
@@ -75,11 +78,11 @@ class MemoryModel:
 
     def __init__(self, pipeline: FaithDiffPipeline, tile_px: int = 1024) -> None:
         self._pipeline, self._tile_px = pipeline, tile_px
-        self._vae_widths = list(pipeline.vae.config.block_out_channels)
-        self._lq_widths = list(pipeline.lq_encoder.config.block_out_channels)
-        self._lq_channels = int(pipeline.lq_encoder.out_channels)
-        self._unet_widths = list(pipeline.unet.config.block_out_channels)
         self._dtype_bytes = next(pipeline.unet.parameters()).element_size()
+        widths = [*pipeline.vae.config.block_out_channels, pipeline.vae.config.block_out_channels[-1]]
+        self._vae_widths = (widths[0] * self._dtype_bytes, widths[1] * self._dtype_bytes)
+        self._lq_channels = int(pipeline.lq_encoder.out_channels)
+        self._unet_width = int(pipeline.unet.config.block_out_channels[0])
 
     def footprint(self, size_px: tuple[int, int], request: RestorationRequest) -> Footprint:
         """Of a picture that comes as (height, width) px."""
@@ -89,20 +92,18 @@ class MemoryModel:
         tile, num_tiles = self._tiles(padded, request)
         tile_cells = num_tiles * tile[0] * tile[1]
         features = self._lq_channels * cells * self._dtype_bytes
-        embeddings = self._unet_widths[0] * tile_cells * self._dtype_bytes
+        embeddings = self._unet_width * tile_cells * self._dtype_bytes
         latents = _FLOAT_BYTES * (6 * 4 * cells + 2 * 4 * tile_cells + tile_cells)
         resident = features + embeddings + latents
         is_whole = max(padded) <= request.vae_tile_px
-        band_px = min(pixels, request.vae_tile_px**2)
-        encoding = 3 * _FLOAT_BYTES * pixels + (0 if is_whole else self._encode_maps() * pixels)
-        decoding = 3 * _FLOAT_BYTES * pixels * 2 + (0 if is_whole else self._decode_maps() * pixels)
-        working = max(self._vae_working() * band_px, self._pass_working(tile, request))
-        picture = 3 * pixels
+        band_px = pixels if is_whole else min(pixels, request.vae_tile_px**2)
+        maps = 0 if is_whole else self._banded_maps()
+        vae_working = (self._whole_maps() if is_whole else self._band_maps()) * band_px
         return Footprint(
-            held_device=resident + max(encoding, decoding),
-            working_device=working,
-            held_host=2 * picture + 3 * size_px[0] * size_px[1],
-            working_host=max(3 * picture, 5 * _FLOAT_BYTES * picture),
+            held_device=resident + max(maps, _PICTURE_BYTES) * pixels,
+            working_device=max(vae_working, self._pass_working(tile, request)),
+            held_host=(2 * 3) * pixels + 3 * size_px[0] * size_px[1],
+            working_host=_COLOR_FIX_BYTES[request.color_fix] * pixels,
             megapixels=height * width / 1e6,
             tile_megapixels=tile_cells * _CELL_PX**2 / 1e6,
         )
@@ -140,24 +141,29 @@ class MemoryModel:
         columns = math.ceil((canvas[1] - width) / stride[1]) + 1
         return (height, width), rows * columns
 
-    def _encode_maps(self) -> int:
-        """Bytes per pixel of the full maps of the banded walk through the encoder."""
-        return 2 * max(self._vae_widths[0], self._lq_widths[0]) * self._dtype_bytes
+    def _banded_maps(self) -> int:
+        """Bytes per pixel of the full maps of a banded walk.
 
-    def _decode_maps(self) -> int:
-        """The last block is entered with the width of the one before it, at full size."""
-        first, second = self._vae_widths[0], self._vae_widths[min(1, len(self._vae_widths) - 1)]
-        return (second + 2 * first) * self._dtype_bytes
+        Encoding holds the picture and two maps of the first width. Decoding enters its last block with the width of
+        the one before, at full size.
+        """
+        first, second = self._vae_widths
+        return max(_PICTURE_BYTES + 2 * first, second + 2 * first)
 
-    def _vae_working(self) -> int:
-        first, second = self._vae_widths[0], self._vae_widths[min(1, len(self._vae_widths) - 1)]
-        return (2 * second + 4 * first) * self._dtype_bytes
+    def _band_maps(self) -> int:
+        """Bytes per pixel of a band, beside the full maps."""
+        return 17 * self._vae_widths[0] // 4
+
+    def _whole_maps(self) -> int:
+        """Bytes per pixel of a picture that passes the VAE in one piece; decoding needs more than encoding."""
+        first, second = self._vae_widths
+        return 4 * first + 2 * second
 
     def _pass_working(self, tile: tuple[int, int], request: RestorationRequest) -> int:
         from faithdiff.denoiser import tiles_per_pass
 
         rows = tiles_per_pass(tile, self._pipeline.device) * (2 if request.has_guidance else 1)
-        return rows * tile[0] * tile[1] * 16 * self._unet_widths[0] * self._dtype_bytes
+        return rows * tile[0] * tile[1] * 18 * self._unet_width * self._dtype_bytes
 
 
 def _scaled(size_px: tuple[int, int], factor: float) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from faithdiff.denoiser import TileJob, advance, predict_noise, step_tiles
+from faithdiff.denoiser import BrokenTiles, TileJob, advance, predict_noise, step_tiles, tiles_per_pass
 from faithdiff.request import RestorationRequest
 
 TOLERANCE = 2e-5
@@ -140,3 +140,65 @@ def test_broken_weights_are_reported_and_never_returned(nano, photograph):
     canvas = _canvas(nano, photograph(64, 64))
     with pytest.raises(FloatingPointError, match="tile 0 is not finite at step 0"):
         advance(unet.eval(), [canvas])
+
+
+def _bits(pipe, canvases):
+    while not all(canvas.is_done for canvas in canvases):
+        advance(pipe.unet, canvases)
+    return [canvas.latents for canvas in canvases]
+
+
+def test_with_the_fixed_number_of_tiles_per_pass_company_changes_no_bit(nano, crowd):
+    together = _bits(nano, [_canvas(nano, rgb, **settings) for rgb, settings in crowd])
+    for (rgb, settings), latents in zip(crowd, together, strict=True):
+        assert torch.equal(latents, _bits(nano, [_canvas(nano, rgb, **settings)])[0])
+
+
+@pytest.mark.parametrize("fixed", [2, 8])
+def test_passes_filled_up_with_copies_change_no_bit_either(fixed, nano, crowd, monkeypatch):
+    """What an accelerator does: as many rows in every pass, whoever they belong to."""
+    seen = []
+    monkeypatch.setattr("faithdiff.denoiser.tiles_per_pass", lambda tile, device: fixed)
+    monkeypatch.setattr(
+        "faithdiff.denoiser.predict_noise",
+        lambda unet, jobs, prepared: seen.append(len(jobs)) or predict_noise(unet, jobs, prepared),
+    )
+    crowd = [(rgb, {**settings, "num_inference_steps": 2}) for rgb, settings in crowd[:3]]
+    together = _bits(nano, [_canvas(nano, rgb, **settings) for rgb, settings in crowd])
+    for (rgb, settings), latents in zip(crowd, together, strict=True):
+        assert torch.equal(latents, _bits(nano, [_canvas(nano, rgb, **settings)])[0])
+    assert set(seen) == {fixed}
+
+
+@pytest.mark.parametrize(
+    ("tile_px", "device", "expected"),
+    [(1024, "cpu", 1), (64, "cpu", 1), (1024, "cuda", 1), (2048, "cuda", 1), (512, "cuda", 4), (64, "cuda", 8)],
+)
+def test_tiles_per_pass_depend_on_shape_and_kind_of_device_alone(tile_px, device, expected):
+    assert tiles_per_pass((tile_px // 8, tile_px // 8), torch.device(device)) == expected
+
+
+def test_broken_tiles_take_no_step_and_the_others_of_their_batch_do(nano, photograph):
+    whole = _canvas(nano, photograph(64, 64))
+    broken = _canvas(nano, photograph(64, 64), noise=torch.full((1, 4, 8, 8), float("nan")))
+    with pytest.raises(BrokenTiles, match="tile 0 is not finite at step 0") as failure:
+        step_tiles(nano.unet, [TileJob(broken, 0), TileJob(whole, 0)])
+    assert [job.canvas for job in failure.value.jobs] == [broken]
+    assert (broken.pending_tiles(), whole.pending_tiles()) == ([0], [])
+
+
+def test_a_failure_in_the_middle_takes_back_what_was_not_checked_yet(nano, photograph, monkeypatch):
+    canvas = _canvas(nano, photograph(64, 128))
+    calls = []
+
+    def fail_second(unet, jobs, prepared):
+        calls.append(jobs)
+        if len(calls) == 2:
+            raise MemoryError
+        return predict_noise(unet, jobs, prepared)
+
+    monkeypatch.setattr("faithdiff.denoiser.predict_noise", fail_second)
+    tiles = canvas.pending_tiles()
+    with pytest.raises(MemoryError):
+        step_tiles(nano.unet, [TileJob(canvas, tile) for tile in tiles])
+    assert canvas.pending_tiles() == tiles

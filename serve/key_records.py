@@ -76,7 +76,7 @@ class KeyRecords(Database):
             statement = update(keys).where(keys.c.name == name, keys.c.revoked_at.is_(None))
             return bool(transaction.execute(statement.values(revoked_at=now_of(transaction))).rowcount)
 
-    def keys(self) -> list[ApiKey]:
+    def list_keys(self) -> list[ApiKey]:
         """All there were ever, by name, the newest last."""
         with self._reading() as transaction:
             return [_key_of(row) for row in transaction.execute(select(keys).order_by(keys.c.name, keys.c.created_at))]

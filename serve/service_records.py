@@ -50,7 +50,7 @@ class ServiceRecords(Database):
                 set_={"owner": statement.excluded.owner, "lease_until": statement.excluded.lease_until},
                 where=or_(leases.c.owner == owner, leases.c.lease_until < now_s),
             )
-            return bool(transaction.execute(taken).rowcount)
+            return transaction.execute(taken.returning(leases.c.owner)).one_or_none() is not None
 
     def due_webhooks(self, owner: str, lease_s: float, limit: int) -> list[Webhook]:
         """Up to `limit` webhooks to be sent now, the oldest first; for `lease_s` seconds nobody else gets them."""

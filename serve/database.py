@@ -22,8 +22,8 @@ from sr_platform.errors import ConfigError
 
 _FORMS = "give sqlite:///folder/jobs.db or postgresql://user:password@host/database"
 _WAIT_FOR_LOCK_S = 30.0
-# Threads of a gateway's event loop that may ask at the same time; connections are opened as they are needed.
-_POOL = {"pool_size": 4, "max_overflow": 28, "pool_timeout": 30.0}
+# Connections of a process are opened as they are needed; a server has a hundred of them for everybody, as a rule.
+_POOL = {"pool_size": 4, "max_overflow": 12, "pool_timeout": 30.0}
 
 
 class Database:

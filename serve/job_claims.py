@@ -21,7 +21,7 @@ from sqlalchemy.sql import ColumnElement
 
 from serve.database import Database, now_of
 from serve.job_records import Heartbeat, Job, JobState, Progress, ResultFile
-from serve.job_rows import end, held_by, job_of
+from serve.job_rows import IS_WAITING, end, held_by, is_lost, job_of
 from serve.job_tables import jobs
 from serve.problems import Problem
 
@@ -39,11 +39,11 @@ class JobClaims(Database):
     def claim(self, owner: str, *, lease_s: float, max_megapixels: float, max_jobs: int) -> list[Job]:
         """Up to `max_jobs` jobs of at most `max_megapixels` together, held by `owner` for `lease_s` seconds.
 
-        How large an owner's room was at most since this store was opened tells what fits into it when it is empty.
+        How large an owner's room was at most since it had nothing in hand tells what would fit into it.
         """
-        capacity = self._largest_room[owner] = max(max_megapixels, self._largest_room.get(owner, 0.0))
         with self._reading() as transaction:
             now_s = now_of(transaction)
+            capacity = self._capacity(transaction, owner, max_megapixels)
             too_large = self._waited_long_enough(transaction, owner, max_megapixels, capacity, now_s)
             fits = and_(jobs.c.megapixels <= max_megapixels, _before(too_large))
             if not _any(transaction, and_(_free(now_s), fits), self._abandoned(now_s)) and too_large is None:
@@ -64,8 +64,8 @@ class JobClaims(Database):
                 if told:
                     values = {"owner_": owner, "lease_until_": lease_until}
                     transaction.execute(_progress_statement(has_preview), [{**one, **values} for one in told])
-            mine = and_(jobs.c.owner == owner, jobs.c.state == JobState.RUNNING)
-            held = transaction.execute(select(jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested).where(mine)).all()
+            wanted = select(jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested).where(_is_in_hand_of(owner))
+            held = transaction.execute(wanted).all()
         lost = {(one.job_id, one.attempt) for one in progress} - {(row.id, row.attempt) for row in held}
         return Heartbeat({row.id for row in held if row.cancel_requested}, {job_id for job_id, _ in lost})
 
@@ -128,6 +128,13 @@ class JobClaims(Database):
             )
             return _any(transaction, said_before)
 
+    def _capacity(self, transaction: Connection, owner: str, room: float) -> float:
+        """A room that is small although nothing is in hand does not grow: nothing is kept waiting for it."""
+        largest = max(room, self._largest_room.get(owner, 0.0))
+        is_busy = room < largest and _any(transaction, _is_in_hand_of(owner))
+        self._largest_room[owner] = largest if is_busy else room
+        return self._largest_room[owner]
+
     def _waited_long_enough(
         self, transaction: Connection, owner: str, room: float, capacity: float, now_s: float
     ) -> Row[Any] | None:
@@ -147,7 +154,7 @@ class JobClaims(Database):
     def _abandoned(self, now_s: float) -> ColumnElement[bool]:
         """Of replicas that are gone, and not to be given to another one."""
         is_given_up = jobs.c.num_lost_attempts + 1 >= self._max_lost_attempts
-        return and_(_is_lost(now_s), or_(jobs.c.cancel_requested, is_given_up))
+        return and_(is_lost(now_s), or_(jobs.c.cancel_requested, is_given_up))
 
     def _end_abandoned(self, transaction: Connection, now_s: float) -> None:
         statement = select(jobs.c.id, jobs.c.num_lost_attempts, jobs.c.cancel_requested).where(self._abandoned(now_s))
@@ -161,21 +168,12 @@ class JobClaims(Database):
             end(transaction, jobs.c.id == row.id, JobState.FAILED, now_s, problem=body, num_lost_attempts=num_lost)
 
 
-def _is_waiting(now_s: float) -> ColumnElement[bool]:
-    """Queued, and not past its time."""
-    return and_(jobs.c.state == JobState.QUEUED, jobs.c.expires_at > now_s)
-
-
-def _is_lost(now_s: float) -> ColumnElement[bool]:
-    return and_(jobs.c.state == JobState.RUNNING, jobs.c.lease_until < now_s)
-
-
-def _is_left_over(now_s: float) -> ColumnElement[bool]:
-    return and_(_is_lost(now_s), jobs.c.expires_at > now_s)
+def _is_in_hand_of(owner: str) -> ColumnElement[bool]:
+    return and_(jobs.c.owner == owner, jobs.c.state == JobState.RUNNING)
 
 
 def _free(now_s: float) -> ColumnElement[bool]:
-    return or_(_is_waiting(now_s), _is_left_over(now_s))
+    return or_(IS_WAITING, is_lost(now_s))
 
 
 def _before(row: Row[Any] | None) -> ColumnElement[bool]:
@@ -210,7 +208,7 @@ def _claimed(
 ) -> list[Job]:
     found: list[Job] = []
     # Two queries, each along an index; the first finds nothing as a rule.
-    for which in (_is_left_over(now_s), _is_waiting(now_s)):
+    for which in (is_lost(now_s), IS_WAITING):
         wanted = select(jobs.c.id, jobs.c.megapixels).where(which, fits).order_by(*_ORDER).limit(max_jobs - len(found))
         for row in transaction.execute(wanted.with_for_update(skip_locked=True)).all():
             if row.megapixels <= room:

@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -64,8 +64,9 @@ class NewJob:
     webhook_url: str | None
     trace_id: str
     expires_at: float
+    """When it has failed, if nobody has worked it off; once it has ended, when it is removed: as long after its end."""
     submitted_at: float
-    """Both in seconds since the epoch. The store counts from its own clock; what lies between the two is kept."""
+    """Both in seconds since the epoch. The store counts by its own clock; what lies between the two is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class Job(NewJob):
     """queued, encode, denoise, ..., and at the end the state."""
     step: int
     num_steps: int
-    preview: bytes | None
+    preview: bytes | None = field(repr=False)
     """A small WebP of a running job."""
     preview_step: int
     attempt: int

@@ -12,6 +12,7 @@ from serve.job_records import Job, JobState, NewJob, ResultFile
 from serve.job_tables import jobs, webhooks
 
 LIVE = (JobState.QUEUED, JobState.RUNNING)
+IS_WAITING = jobs.c.state == JobState.QUEUED
 
 
 def row_of(new: NewJob, now_s: float) -> dict[str, Any]:
@@ -46,6 +47,11 @@ def job_of(row: Row[Any]) -> Job:
 def held_by(job_id: str, owner: str, attempt: int) -> ColumnElement[bool]:
     """The job, as long as it runs in this very attempt."""
     return and_(jobs.c.id == job_id, jobs.c.owner == owner, jobs.c.attempt == attempt, jobs.c.state == JobState.RUNNING)
+
+
+def is_lost(now_s: float) -> ColumnElement[bool]:
+    """Running, by a replica that is not heard of any more."""
+    return and_(jobs.c.state == JobState.RUNNING, jobs.c.lease_until < now_s)
 
 
 def end(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Sequence
 
-from sqlalchemy import case, delete, func, or_, select, update
+from sqlalchemy import and_, case, delete, func, or_, select, update
 from sqlalchemy.sql import ColumnElement
 
 from serve.database import insert_of, now_of
@@ -29,9 +29,10 @@ from serve.job_records import (
     Webhook,
     new_job_id,
 )
-from serve.job_rows import LIVE, end, job_of, row_of
+from serve.job_rows import IS_WAITING, LIVE, end, is_lost, job_of, row_of
 from serve.job_tables import jobs
 from serve.key_records import ApiKey, KeyLimits, KeyRecords, Verdict
+from serve.problems import Problem
 from serve.service_records import ServiceRecords
 
 
@@ -101,7 +102,7 @@ class JobStore(JobClaims, KeyRecords, ServiceRecords):
         """How many jobs wait before each of these; those that do not wait are left out."""
         order = (jobs.c.priority.desc(), jobs.c.submitted_at, jobs.c.id)
         place = func.row_number().over(order_by=order).label("place")
-        queue = select(jobs.c.id, place).where(jobs.c.state == JobState.QUEUED).subquery()
+        queue = select(jobs.c.id, place).where(IS_WAITING).subquery()
         with self._reading() as transaction:
             rows = transaction.execute(select(queue.c.id, queue.c.place).where(queue.c.id.in_(job_ids))).all()
         return {row.id: row.place - 1 for row in rows}
@@ -129,14 +130,13 @@ class JobStore(JobClaims, KeyRecords, ServiceRecords):
 
     def backlog(self, key_id: str | None = None) -> Backlog:
         """What has not ended, of one key or of all."""
-        is_queued = jobs.c.state == JobState.QUEUED
         share_left = 1.0 - jobs.c.step * 1.0 / func.coalesce(func.nullif(jobs.c.num_steps, 0), 1)
         columns = (
-            func.coalesce(func.sum(case((is_queued, 1), else_=0)), 0),
+            func.coalesce(func.sum(case((IS_WAITING, 1), else_=0)), 0),
             func.count(),
             func.coalesce(func.sum(jobs.c.megapixels), 0.0),
-            func.coalesce(func.sum(case((is_queued, jobs.c.work), else_=jobs.c.work * share_left)), 0.0),
-            func.min(case((is_queued, jobs.c.submitted_at))),
+            func.coalesce(func.sum(case((IS_WAITING, jobs.c.work), else_=jobs.c.work * share_left)), 0.0),
+            func.min(case((IS_WAITING, jobs.c.submitted_at))),
         )
         wanted = select(*columns).where(jobs.c.state.in_(LIVE))
         if key_id is not None:
@@ -146,12 +146,23 @@ class JobStore(JobClaims, KeyRecords, ServiceRecords):
             age_s = 0.0 if oldest is None else max(0.0, now_of(transaction) - oldest)
         return Backlog(int(num_queued), int(num_live - num_queued), float(megapixels), max(0.0, float(work)), age_s)
 
-    def expired(self, now_s: float | None = None, limit: int = 100) -> builtins.list[Job]:
-        """Jobs past their time that nobody works on. They are not claimed any more: their files can be removed."""
+    def end_overdue(self, limit: int = 100) -> int:
+        """Fails jobs that nobody has worked off in their time; how many there were. They are told like other ends."""
+        with self._writing() as transaction:
+            now_s = now_of(transaction)
+            overdue = select(jobs.c.id).where(jobs.c.expires_at <= now_s, or_(IS_WAITING, is_lost(now_s))).limit(limit)
+            ids = transaction.execute(overdue.with_for_update(skip_locked=True)).scalars().all()
+            for job_id in ids:
+                detail = "job: no replica has worked it off in its time; send the picture again later"
+                body = Problem(503, "waited-too-long", detail).body(f"/v1/jobs/{job_id}")
+                end(transaction, jobs.c.id == job_id, JobState.FAILED, now_s, problem=body)
+        return len(ids)
+
+    def expired(self, limit: int = 100) -> builtins.list[Job]:
+        """Jobs that have ended and whose time is over: their files can be removed."""
         with self._reading() as transaction:
-            now_s = now_of(transaction) if now_s is None else now_s
-            is_idle = or_(jobs.c.state != JobState.RUNNING, jobs.c.lease_until < now_s)
-            wanted = select(jobs).where(jobs.c.expires_at <= now_s, is_idle).order_by(jobs.c.expires_at).limit(limit)
+            is_over = and_(jobs.c.expires_at <= now_of(transaction), jobs.c.state.not_in(LIVE))
+            wanted = select(jobs).where(is_over).order_by(jobs.c.expires_at).limit(limit)
             return [job_of(row) for row in transaction.execute(wanted)]
 
     def forget(self, job_id: str) -> None:

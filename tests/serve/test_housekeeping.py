@@ -146,6 +146,16 @@ async def test_jobs_expire_with_their_files(connect: Any, store: Any, storage: A
     assert {name.split("/")[1] for name in storage.list("jobs/")} == {lasting["id"]}
 
 
+async def test_a_job_nobody_works_off_in_its_time_fails(connect: Any, store: Any, storage: Any, png: bytes) -> None:
+    async with connect(GatewayConfig(job_ttl_s=0.1)) as client:
+        job = (await client.post("/v1/jobs", files={"picture": png})).json()
+        await asyncio.sleep(0.1)
+        assert await _keeper(store, storage).expire() == 0
+        job = (await client.get(job["links"]["self"])).json()
+    assert (job["state"], job["problem"]["title"]) == ("failed", "Waited too long")
+    assert storage.list("jobs/") == [f"jobs/{job['id']}/input"]
+
+
 async def test_files_without_a_job_are_removed_when_they_are_old(
     connect: Any, store: Any, storage: Any, png: bytes
 ) -> None:

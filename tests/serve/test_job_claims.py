@@ -235,16 +235,29 @@ def test_a_large_job_blocks_nobody_until_it_has_waited_long_enough_and_then_one_
 
 def test_room_kept_by_a_replica_that_is_gone_is_kept_by_another(database_url: str) -> None:
     with closing(JobStore(database_url, patience_s=0.0)) as store:
+        for owner in ("a", "b"):
+            store.submit(new_job(megapixels=2.0))
+            assert len(_claim(store, owner, max_megapixels=10.0)) == 1
         store.submit(new_job(megapixels=9.0, priority=1))
-        for owner in ("a", "b"):  # both have been empty once
-            store._largest_room[owner] = 10.0
         waiting, _ = store.submit(new_job(megapixels=2.0, priority=0))
         time.sleep(0.01)
-        assert _claim(store, "a", max_megapixels=4.0, lease_s=0.2) == []
-        assert [job.id for job in _claim(store, "b", max_megapixels=4.0)] == [waiting.id]
+        assert _claim(store, "a", max_megapixels=8.0, lease_s=0.2) == []
+        assert [job.id for job in _claim(store, "b", max_megapixels=8.0)] == [waiting.id]
         store.submit(new_job(megapixels=2.0, priority=0))
         time.sleep(0.25)
-        assert _claim(store, "b", max_megapixels=4.0) == []
+        assert _claim(store, "b", max_megapixels=6.0) == []
+
+
+def test_a_job_that_fits_nowhere_any_more_blocks_nobody(database_url: str) -> None:
+    with closing(JobStore(database_url, patience_s=0.0)) as store:
+        store.submit(new_job(megapixels=2.0))
+        (job,) = _claim(store, max_megapixels=10.0)
+        store.submit(new_job(megapixels=9.0))
+        small, _ = store.submit(new_job(megapixels=2.0))
+        time.sleep(0.01)
+        assert _claim(store, max_megapixels=6.0) == [], "room is kept for the large one"
+        assert _finish(store, job)
+        assert [job.id for job in _claim(store, max_megapixels=7.0)] == [small.id], "more room there is not"
 
 
 def test_many_replicas_at_once_end_every_job_once(store: JobStore, database_url: str) -> None:

@@ -156,23 +156,44 @@ def test_the_backlog_is_what_has_not_ended(store: JobStore) -> None:
     assert store.backlog().megapixels == 13.0
 
 
-def test_jobs_expire_but_not_while_a_replica_works_on_them(store: JobStore) -> None:
+def test_a_job_expires_when_it_has_ended_and_stays_its_time_from_then_on(store: JobStore) -> None:
     now_s = time.time()
-    short = [store.submit(new_job(priority=9 - i, expires_at=now_s + 0.3, submitted_at=now_s))[0] for i in range(3)]
+    store.submit(new_job(submitted_at=now_s, expires_at=now_s + 0.2))
+    (job,) = _claim(store)
+    time.sleep(0.25)
+    assert store.expired() == []
+    assert store.end_overdue() == 0, "somebody works on it"
+    assert _finish(store, job)
+    assert store.expired() == []
+    time.sleep(0.25)
+    (expired,) = store.expired()
+    assert (expired.id, expired.state) == (job.id, JobState.DONE)
+    store.forget(job.id)
+    assert store.expired() == []
+    assert store.get(job.id, None) is None
+
+
+def test_a_job_nobody_works_off_in_its_time_fails_and_is_told(store: JobStore) -> None:
+    now_s = time.time()
+    times: dict[str, Any] = {"submitted_at": now_s, "expires_at": now_s + 0.2, "webhook_url": "https://x.example.com/"}
+    lost_id, waiting_id = (store.submit(new_job(priority=priority, **times))[0].id for priority in (9, 1))
     lasting, _ = store.submit(new_job(priority=0))
+    (lost,) = _claim(store, "dead", lease_s=0.05)
+    assert store.end_overdue() == 0
+    time.sleep(0.25)
     assert store.expired() == []
-    running, lost = _claim(store)[0], _claim(store, "dead", lease_s=0.05)[0]
-    time.sleep(0.35)
-    assert {job.id for job in store.expired()} == {lost.id, short[2].id}
+    assert store.end_overdue(limit=1) == 1
+    assert store.end_overdue() == 1
+    assert not _finish(store, lost, "dead")
+    found = store.watch([lost_id, waiting_id, lasting.id])
+    assert {job.id for job in found.values() if job.state is JobState.FAILED} == {lost_id, waiting_id}
+    assert found[waiting_id].problem is not None
+    assert found[waiting_id].problem["type"] == "urn:faithdiff:problem:waited-too-long"
+    assert {webhook.job_id for webhook in store.due_webhooks("g", 60, 10)} == {lost_id, waiting_id}
+    time.sleep(0.25)
+    assert {job.id for job in store.expired()} == {lost_id, waiting_id}
     assert len(store.expired(limit=1)) == 1
-    assert [job.id for job in _claim(store, max_jobs=9)] == [lasting.id], "what is being removed is not begun"
-    assert _finish(store, running)
-    assert {job.id for job in store.expired()} == {lost.id, short[2].id}, "a result stays its time"
-    assert running.id in {job.id for job in store.expired(time.time() + 1)}
-    for job in store.expired():
-        store.forget(job.id)
-    assert store.expired() == []
-    assert store.get(lost.id, None) is None
+    assert [job.id for job in _claim(store, max_jobs=9)] == [lasting.id]
 
 
 def test_ids_sort_by_the_time_they_were_made() -> None:

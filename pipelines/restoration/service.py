@@ -95,9 +95,7 @@ class Service:
         give_up_s = time.monotonic() + min(_CHECK_PATIENCE_S, self._cfg.give_up_after_s)
         for failures in itertools.count():
             try:
-                answer = await self._send("GET", "/v1/models")
-                first = answer.json()["models"][0]
-                return str(first["version"]), first["manifest_digest"]
+                return _first_model(await self._send("GET", "/v1/models"))
             except _PassingError as error:
                 if time.monotonic() > give_up_s:
                     if error.is_alive:
@@ -106,7 +104,7 @@ class Service:
                         f"restore: {self.url} does not answer ({error}); start the service or correct --endpoint"
                     ) from None
                 await asyncio.sleep(_pause_s(failures))
-            except (NoSuchJobError, PictureRefusedError, ValueError, LookupError, TypeError):
+            except (NoSuchJobError, PictureRefusedError):
                 raise RequestError(
                     f"restore: {self.url} answers and has no /v1/models; give the service's address as --endpoint"
                 ) from None
@@ -246,6 +244,15 @@ def _api_key(variable: str) -> str:
             f"restore: the environment variable {variable} holds unprintable characters; put a key there"
         )
     return key
+
+
+def _first_model(answer: httpx.Response) -> tuple[str, str | None]:
+    """Version and manifest digest. Raises NoSuchJobError when the answer is none of our service's."""
+    try:
+        first = answer.json()["models"][0]
+        return str(first["version"]), first["manifest_digest"]
+    except (ValueError, LookupError, TypeError):
+        raise NoSuchJobError("no models") from None
 
 
 def _as_text(value: Any) -> str:

@@ -134,17 +134,12 @@ class _Sorting:
             self.done[order.path] = record
 
     def _is_made_alike(self, record: Record) -> bool:
-        same_model = not self.model_version or record.model_version == self.model_version
-        return same_model and record.settings == self.settings
+        return _alike(record, self.settings, self.model_version)
 
     def _is_of_the_claim(self, output: str) -> bool:
         """Whether a run with these settings was killed that was to make it: it may be the picture it had in hand."""
         claim = self.claim
-        return (
-            claim is not None
-            and output in claim.outputs
-            and (claim.settings, claim.model_version) == (self.settings, self.model_version)
-        )
+        return claim is not None and output in claim.outputs and _alike(claim, self.settings, self.model_version)
 
     def _was_replaced(self, record: Record) -> bool:
         """Whether a run of other settings may have published it anew and was killed before it could say so."""
@@ -152,8 +147,15 @@ class _Sorting:
         return (
             claim is not None
             and record.output in claim.outputs
-            and (claim.settings, claim.model_version) != (record.settings, record.model_version)
+            and not _alike(claim, record.settings, record.model_version)
         )
+
+
+def _alike(made: Record | Claim, settings: str, model_version: str) -> bool:
+    """Whether it is of these settings and this model; a model that is not known equals every other."""
+    return made.settings == settings and (
+        "" in (made.model_version, model_version) or made.model_version == model_version
+    )
 
 
 def _orders(cfg: RestoreConfig, pictures: Sequence[Picture]) -> tuple[list[Order], dict[str, str]]:

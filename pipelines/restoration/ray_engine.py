@@ -41,6 +41,7 @@ class _Opened:
     order: Order
     sample: Sample
     prompt: str
+    attempt: int
     picture: PictureFile | None
     outcome: Outcome | None
 
@@ -60,15 +61,20 @@ class RestoreActor:
 
     def _outcomes(self, samples: Sequence[Sample]) -> list[Outcome]:
         outcomes: list[Future[Outcome]] = []
-        ahead = self._threads.submit(self._open, samples[0])
-        for index in range(len(samples)):
-            opened = ahead.result()
-            if index + 1 < len(samples):
-                ahead = self._threads.submit(self._open, samples[index + 1])
+        ahead: Future[_Opened] | None = None
+        is_careful = False
+        for index, sample in enumerate(samples):
+            opened = ahead.result() if ahead else self._open(sample)
+            # After a death one at a time, so that it is clear which of them it was.
+            is_careful = is_careful or opened.attempt > 1
+            has_next = index + 1 < len(samples)
+            ahead = self._threads.submit(self._open, samples[index + 1]) if has_next and not is_careful else None
             restored = self._restore(opened)
             if outcomes:
                 outcomes[-1].result()
             outcomes.append(self._threads.submit(self._close, opened, restored))
+            if is_careful:
+                outcomes[-1].result()
         return [outcome.result() for outcome in outcomes]
 
     def _open(self, sample: Sample) -> _Opened:
@@ -87,7 +93,7 @@ class RestoreActor:
                 picture = read_picture(sample.data, limits)
             except InputError as error:
                 outcome = failed(order, f"{reason_of(error)}: {error}")
-        return _Opened(order, sample, prompt, picture, outcome)
+        return _Opened(order, sample, prompt, attempt, picture, outcome)
 
     def _restore(self, opened: _Opened) -> tuple[Any, float] | Outcome:
         """uint8 or uint16 [H, W, 3] and the seconds it took, or what came of it otherwise."""

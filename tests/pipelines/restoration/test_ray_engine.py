@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,29 @@ def test_a_block_that_is_done_again_repeats_nothing_and_names_what_kills_workers
     assert (Path(cfg.out) / "0_x2.png").stat().st_ino == changed
     assert (again[2].state, again[2].reason) == ("failed", "worker died")
     assert ledger.look() == (Totals(3, 1, pytest.approx(2 * 32 * 48 / 1e6)), [])
+
+
+@pytest.mark.parametrize("deaths", [0, 1])
+def test_pictures_are_begun_ahead_until_a_worker_has_died(cfg: RestoreConfig, deaths: int) -> None:
+    ledger = Ledger()
+    actor = RestoreActor(cfg, find_model("nano"), ledger)
+    pipeline: Any = actor._pipeline
+    begun: list[int] = []
+
+    def watch(rgb: Any, **settings: Any) -> Any:
+        result = pipeline(rgb, **settings)
+        patience_s = time.monotonic() + 20
+        while not deaths and sum(ledger._attempts.values()) < min(3, len(begun) + 2) and time.monotonic() < patience_s:
+            time.sleep(0.01)  # another thread begins it
+        begun.append(sum(ledger._attempts.values()) - deaths)
+        return result
+
+    actor._pipeline = watch  # type: ignore[assignment]
+    for _ in range(deaths):
+        ledger.begin("0_x2.png")
+    found = outcomes(actor, order(0), order(1), order(2), cfg=cfg)
+    assert [outcome.state for outcome in found] == ["done"] * 3
+    assert begun == ([1, 2, 3] if deaths else [2, 3, 3])
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,9 @@ export class Api extends EventTarget {
     return (await this._request("v1/usage")).json();
   }
 
-  /** @returns {Promise<string>} the model that answers. Raises Problem 503 while none does. */
+  /** @returns {Promise<{status: "ready" | "asleep", model_version: string | null}>} Raises Problem 503 while starting. */
   async readiness() {
-    return (await (await this._request("readyz")).json()).model_version;
+    return (await this._request("readyz")).json();
   }
 
   /**

@@ -76,6 +76,7 @@ class App {
     const id = ADDRESS.exec(location.hash)?.[1];
     let entry = id ? this._book.find(id) : undefined;
     if (id && !entry) await this._read(async () => { entry = await this._book.fetch(id); });
+    if (entry !== this._selected) scrollTo({ top: 0 });
     this._selected = entry ?? null;
     this._show();
   }
@@ -126,10 +127,9 @@ class App {
     const settings = this._settings.values;
     const entries = this._drafts.take().map(({ file, thumbnail }) => new Entry(newId(), { name: file.name, original: file, thumbnail, settings }));
     if (!entries.length) return;
-    for (const entry of [...entries].reverse()) this._book.add(entry);
+    entries.forEach((entry) => this._book.add(entry));
     this._open(entries[0]);
     find("#stage").focus({ preventScroll: true });
-    scrollTo({ top: 0 });
     for (const entry of entries) {
       // Kept before it is sent: a page that is closed in between goes on with the same key, and makes no second job.
       const { id, name, thumbnail } = entry;

@@ -119,7 +119,7 @@ export class Drafts {
     const wait = Math.max(...known.map((estimate) => estimate.wait_seconds));
     const parts = [
       megapixelsText(sum((estimate) => estimate.megapixels)),
-      `about ${durationText(sum((estimate) => estimate.device_seconds))}`,
+      roughly(sum((estimate) => estimate.device_seconds)),
       priceText(sum((estimate) => estimate.price), known[0].currency),
       wait >= 1 ? `after a wait of ${durationText(wait)}` : "",
     ];
@@ -143,6 +143,11 @@ export class Drafts {
       problem ? element("p", { className: "field-problem", role: "alert" }, element("strong", {}, problem.title), ` ${problem.text}`) : "",
     );
   }
+}
+
+/** @param {number} seconds @returns {string} */
+function roughly(seconds) {
+  return seconds < 1 ? durationText(seconds) : `about ${durationText(seconds)}`;
 }
 
 /** @param {File} a @param {File} b @returns {boolean} */

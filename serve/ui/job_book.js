@@ -32,7 +32,7 @@ export class JobBook extends EventTarget {
       if (original.jobId) this._kept.set(original.jobId, original);
       else unsent.push(new Entry(original.id, { ...original, original: original.blob }));
     }
-    this.entries = unsent;
+    this.entries = [...unsent];
     this._changed(null);
     return unsent;
   }
@@ -43,6 +43,7 @@ export class JobBook extends EventTarget {
     if (!this.isLoaded) this._next(page.next_cursor);
     this.isLoaded = true;
     this._merge(page.jobs);
+    this._changed(null);
   }
 
   /** The next older jobs. @returns {Promise<void>} */
@@ -105,6 +106,7 @@ export class JobBook extends EventTarget {
     // A poll may have listed the job before its own answer came.
     this.entries = this.entries.filter((other) => other === entry || other.job?.id !== job.id);
     entry.job = job;
+    this.entries.sort(newestFirst);
     this._changed(null);
     this._changed(entry);
   }

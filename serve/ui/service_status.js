@@ -36,8 +36,9 @@ export class ServiceStatus {
     clearTimeout(this._timer);
     let next = READY_LOOK_MS;
     try {
-      const version = await this._api.readiness();
-      this._tell("ready", "Ready", `Model ${version}`);
+      const { status, model_version: version } = await this._api.readiness();
+      if (status === "ready") this._tell("ready", "Ready", `Model ${version}`);
+      else this._tell("asleep", "Asleep", "The first picture starts a replica, and waits for it.");
     } catch (error) {
       if (error instanceof Unreachable) return;
       if (!(error instanceof Problem)) throw error;

@@ -4,7 +4,7 @@ import { element, find } from "./element.js";
 
 const STORED = "faithdiff.settings";
 // What a person says of one picture is not right for the next.
-const NOT_KEPT = new Set(["prompt", "negative_prompt", "seed"]);
+const NOT_KEPT = new Set(["prompt", "negative_prompt", "seed", "auto_prompt"]);
 const LOSSLESS = new Set(["png", "tiff"]);
 
 export class SettingsForm extends EventTarget {
@@ -98,6 +98,9 @@ export class SettingsForm extends EventTarget {
     this._range.value = this._steps.value;
     this._range.style.setProperty("--share", String((Number(this._range.value) - 1) / (Number(this._range.max) - 1)));
     for (const control of this._controls()) this._tell(control.name, control.validity.valid ? "" : limitOf(control));
+    const described = find("[name=auto_prompt]", this._form);
+    described.disabled = Boolean(this.values.prompt);
+    described.checked &&= !described.disabled;
     const quality = find("#quality", this._form);
     quality.disabled = LOSSLESS.has(String(this.values.output_format));
     find("[data-field=output_quality]", this._form).classList.toggle("is-off", quality.disabled);

@@ -74,7 +74,7 @@ export function stateText(entry) {
     case "sending": return `Sending ${Math.round(entry.upload.sent * 100)} %`;
     case "retrying": return "Trying again";
     case "refused": return "Not accepted";
-    case "queued": return job?.queue_position ? `In line: ${job.queue_position + 1}` : "Next in line";
+    case "queued": return job?.queue_position ? `${job.queue_position} before it` : "Next in line";
     case "running": return job?.step ? `Restoring ${Math.round(job.progress * 100)} %` : "Starting";
     case "done": return job?.result ? `${job.result.width} \u00d7 ${job.result.height}` : "Done";
     case "failed": return "Failed";

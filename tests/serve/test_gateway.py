@@ -65,6 +65,7 @@ async def test_every_field_reaches_the_restorer(connect: Any, restorer: Any, png
         "scale": 2, "prompt": "A cat, \u65e5\u672c.", "negative_prompt": "blur", "num_inference_steps": 7,
         "guidance_scale": 2.5, "seed": 2**63 - 1, "start_from": "noise", "color_fix": "wavelet",
         "output_format": "jpeg", "output_quality": 70, "keep_metadata": False,
+        "auto_prompt": False,
     }  # fmt: skip
     assert fields.keys() == UpscaleRequest.model_fields.keys()
     async with connect() as client:
@@ -84,7 +85,8 @@ async def test_without_fields_the_defaults_are_those_of_the_pipeline(connect: An
     assert settings == {name: getattr(pipeline, name) for name in settings}
     options = OutputOptions()
     assert restorer.requests[0].output_options() == options
-    assert UpscaleRequest.model_fields.keys() - settings.keys() == {"output_format", "output_quality", "keep_metadata"}
+    others = {"output_format", "output_quality", "keep_metadata", "auto_prompt"}
+    assert UpscaleRequest.model_fields.keys() - settings.keys() == others
 
 
 def test_the_form_allows_what_the_model_allows() -> None:

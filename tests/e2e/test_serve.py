@@ -229,7 +229,7 @@ def test_a_replica_that_dies_loses_neither_a_job_nor_an_open_request(
     import ray
 
     _await_replicas(service, 2)
-    picture, fields = _picture(48, 48), {**FIELDS, "num_inference_steps": "50"}
+    picture, fields = _picture(48, 48), {**FIELDS, "num_inference_steps": "25"}
     with ThreadPoolExecutor(4) as pool:
         ids = [_submit(service, picture, fields) for _ in range(2)]
         posts = [
@@ -252,7 +252,7 @@ def test_jobs_outlive_the_application(
 ) -> None:
     from ray import serve
 
-    picture, fields = _picture(48, 48), {**FIELDS, "num_inference_steps": "60"}
+    picture, fields = _picture(48, 48), {**FIELDS, "num_inference_steps": "30"}
     ids = [_submit(service, picture, fields) for _ in range(3)]
     while not any(service.get(f"/v1/jobs/{job_id}").json()["step"] > 2 for job_id in ids):
         time.sleep(0.05)

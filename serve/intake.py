@@ -118,7 +118,7 @@ class Intake:
     async def speed(self) -> Speed:
         """What replicas have reported, at most a few seconds ago."""
         if self._speed is None or time.monotonic() > self._speed_until_s:
-            replicas = await asyncio.to_thread(self._store.replicas, time.time())
+            replicas = await asyncio.to_thread(self._store.replicas)
             self._speed, self._speed_until_s = speed_of(replicas, self._rates), time.monotonic() + _SPEED_LASTS_S
         return self._speed
 

@@ -24,8 +24,9 @@ trap 'rm -f "$values"' EXIT
 } >"$values"
 for setting in "${@:3}"; do
   name="${setting%%=*}"
-  [[ "$setting" == *=* ]] && grep -q "^$name=" "$values" "$overlay/jobs.env" ||
+  if [[ "$setting" != *=* ]] || ! grep -q "^$name=" "$values" "$overlay/jobs.env"; then
     fail "setting: got '$setting'; give NAME=value with one of: $(cat "$values" "$overlay/jobs.env" | sed -n 's/^\([A-Z_]*\)=.*/\1/p' | tr '\n' ' ')"
+  fi
   echo "$setting" >>"$values"
 done
 manifest="$(fill "$job" "$values" "$overlay/jobs.env" "$overlay/platform.env")"

@@ -18,7 +18,7 @@ environment_of() {
 # fill TEMPLATE VALUES...: the template on standard output, with ${NAME} replaced by the values of the files, the last one
 # first. A name that no file knows is an error: nothing half filled in reaches a cluster.
 fill() {
-  local template="$1" text line name missing
+  local template="$1" text line missing
   shift
   text="$(grep -v '^#' "$template")"
   # Twice, because a value may hold a name itself.
@@ -28,6 +28,7 @@ fill() {
       text="${text//"\${${BASH_REMATCH[1]}}"/"${BASH_REMATCH[2]}"}"
     done < <(for file in "$@"; do tac "$file"; done)
   done
+  # shellcheck disable=SC2016 # names in single quotes are meant as they stand
   missing="$({ grep -o '\${[A-Z][A-Z0-9_]*}' <<<"$text" || true; } | sort -u | tr -d '${}' | tr '\n' ' ')"
   [[ -z "$missing" ]] || fail "$(basename "$template"): no value for $missing; set it in $(basename "${!#}"), or give NAME=value"
   printf '%s\n' "$text"

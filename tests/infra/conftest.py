@@ -148,7 +148,10 @@ def aws_client(aws: str) -> Callable[..., Any]:
 
 TERRAFORM_STAND_IN = """#!/usr/bin/env bash
 # Answers `terraform output -raw NAME` from files of that name, for tests that are not about Terraform.
-cat "{folder}/${{@: -1}}"
+case " $* " in
+  *" output "*) cat "{folder}/${{@: -1}}" ;;
+  *) echo "terraform $*" >> "{folder}/log" ;;
+esac
 """
 
 

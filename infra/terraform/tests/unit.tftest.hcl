@@ -16,7 +16,7 @@ variables {
   }
 }
 
-run "one_role_per_workload_and_nothing_more" {
+run "dev" {
   command = plan
   assert {
     condition     = join(" ", keys(output.role_arns)) == "karpenter mlflow prepare serve train"
@@ -30,10 +30,6 @@ run "one_role_per_workload_and_nothing_more" {
     condition     = alltrue([for policy in values(local.policies) : !strcontains(policy, "\"s3:*\"") && !strcontains(policy, "\"Resource\":\"*\"")])
     error_message = "no wildcard in a workload's policy"
   }
-}
-
-run "pools_start_from_nothing_and_prefer_spot" {
-  command = plan
   assert {
     condition     = join(" ", [for pool in local.node_pools : pool.metadata.name]) == "cpu serve train"
     error_message = "a NodePool per pool"
@@ -50,10 +46,6 @@ run "pools_start_from_nothing_and_prefer_spot" {
     condition     = length([for need in local.node_pools[1].spec.template.spec.requirements : need if need.key == "karpenter.sh/capacity-type" && contains(need.values, "on-demand") && contains(need.values, "spot")]) == 1
     error_message = "serving falls back to on-demand"
   }
-}
-
-run "dev_can_be_thrown_away" {
-  command = plan
   assert {
     condition     = alltrue([for database in module.databases : database.secret_arn != null])
     error_message = "AWS makes the passwords"

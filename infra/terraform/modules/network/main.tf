@@ -130,6 +130,7 @@ resource "aws_vpc_endpoint" "interface" {
 }
 
 resource "aws_security_group" "efa" {
+  #checkov:skip=CKV2_AWS_5:launch templates of EFA node groups attach it
   name        = "${var.name}-efa"
   description = "EFA: all traffic among members"
   vpc_id      = aws_vpc.this.id

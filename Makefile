@@ -1,6 +1,6 @@
 # make demo   the whole road at nano size: photographs -> shards -> training -> registry -> endpoint -> picture
 # make test   every test          make check   format, lint, types, layout          make bench   benchmarks
-# make soak   the long tests: many kills, bad storage
+# make soak   the long tests: many kills, bad storage, load on the service
 # Each target first installs what it needs into .venv, again only when the pins change.
 
 PYTHON ?= python3
@@ -10,15 +10,15 @@ PINS   := $(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
 STAMP  := $(VENV)/.installed-$(PINS)
 OUT    ?= out/demo
 
-.PHONY: demo test soak check bench format install clean
+.PHONY: demo test soak check bench format install programs clean
 
 demo: $(STAMP)
 	$(BIN)/python pipelines/demo.py --out $(OUT)
 
-test: $(STAMP)
+test: $(STAMP) programs
 	$(BIN)/python -m pytest
 
-soak: $(STAMP)
+soak: $(STAMP) programs
 	$(BIN)/python -m pytest -m soak -s
 
 check: $(STAMP)
@@ -35,6 +35,9 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 install: $(STAMP)
+
+programs:
+	tests/install_programs.sh
 
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -6,7 +6,7 @@ about 32 pixels from the reference and keeps what is finer.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -43,13 +43,15 @@ def wavelet(content: Tensor, style: Tensor) -> Tensor:
 
 
 def color_fix(
-    restored: npt.NDArray[np.uint8],
-    reference: npt.NDArray[np.uint8],
+    restored: npt.NDArray[Any],
+    reference: npt.NDArray[Any],
     *,
     method: Method = "adain",
     rounding: Rounding = "round",
-) -> npt.NDArray[np.uint8]:
-    """restored RGB [H, W, 3] with the colours of `reference` (the enlarged LQ picture, same shape).
+) -> npt.NDArray[Any]:
+    """restored RGB [H, W, 3] with the colours of `reference` (the enlarged LQ picture, same shape and depth).
+
+    Levels are uint8 or uint16.
 
     "truncate" gives the released code's bytes, half a level darker on average than "round".
 
@@ -61,22 +63,24 @@ def color_fix(
             f"color_fix: method={method!r}, rounding={rounding!r}; "
             'method must be "adain", "wavelet" or "none", rounding "round" or "truncate"'
         )
-    if restored.shape != reference.shape or restored.ndim != 3:
+    if restored.shape != reference.shape or restored.dtype != reference.dtype or restored.ndim != 3:
         raise InputError(
-            f"color_fix: the restored picture is {restored.shape}, the reference {reference.shape}; "
-            "both must be [H, W, 3]: resize the reference to the restored picture"
+            f"color_fix: the restored picture is {restored.dtype} {restored.shape}, the reference {reference.dtype} "
+            f"{reference.shape}; both must be alike [H, W, 3]: resize the reference to the restored picture"
         )
     if method == "none":
         return restored
     transfer = adain if method == "adain" else wavelet if rounding == "round" else _wavelet_by_levels
-    levels = transfer(_planes(restored), _planes(reference)).clamp_(0, 1).mul_(255)
+    levels = transfer(_planes(restored), _planes(reference)).clamp_(0, 1).mul_(int(np.iinfo(restored.dtype).max))
     if rounding == "round":
         levels.round_()
-    return np.ascontiguousarray(levels.to(torch.uint8).permute(1, 2, 0).numpy())
+    depth = torch.uint8 if restored.dtype == np.uint8 else torch.int32
+    return np.ascontiguousarray(levels.to(depth).permute(1, 2, 0).numpy().astype(restored.dtype, copy=False))
 
 
-def _planes(picture: npt.NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))).float().div_(255)
+def _planes(picture: npt.NDArray[Any]) -> Tensor:
+    planes = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
+    return planes.float().div_(int(np.iinfo(picture.dtype).max))
 
 
 def _mean_std(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ has the same number of rows (`tiles_per_pass`), so what else ran in a batch neve
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -71,7 +71,7 @@ class Condition:
 class PreparedCondition:
     """What of a condition the network would repeat at every step, computed once: f_m [C, h, w] by tile, text keys."""
 
-    lq_embeddings: Mapping[int, Tensor]
+    lq_embeddings: dict[int, Tensor]
     text: PreparedText
 
 
@@ -119,6 +119,19 @@ class Canvas:
         latents = self.plan.cut(self.latents, tile)
         self._stepped[tile] = self.schedule.euler_step(latents, noise_pred.float(), self.step)
 
+    def stepped(self, tiles: Sequence[int]) -> Tensor:
+        """The latents [N, 4, h, w] of tiles that have taken the current step, for whoever blends them."""
+        return torch.cat([self._stepped[tile] for tile in tiles])
+
+    def receive(self, tile: int, stepped: Tensor) -> None:
+        """Takes the current step of one tile from elsewhere: its latents [1, 4, h, w] after the step."""
+        self._stepped[tile] = stepped.to(self.latents.device)
+
+    def stand_at(self, step: int, latents: Tensor) -> None:
+        """Begins step `step` from `latents` [1, 4, H, W], whatever was done before."""
+        self._stepped.clear()
+        self.step, self.latents, self.denoised = step, latents.to(self.latents.device), None
+
     def retract(self, tile: int) -> None:
         """Forgets the current step of a tile, if it was taken."""
         self._stepped.pop(tile, None)
@@ -154,14 +167,29 @@ def prepare_condition(
 
     Of all tiles of the plan or of those given. `tiles_per_batch` as in `step_tiles`.
     """
-    features = condition.lq_features.to(unet.dtype)
-    embeddings: dict[int, Tensor] = {}
     wanted = range(plan.num_tiles) if tiles is None else tiles
-    for rows in _chunks(wanted, plan.tile, features.device, tiles_per_batch):
+    prepared = PreparedCondition({}, unet.prepare_text(condition.prompt_embeds.to(unet.dtype)))
+    prepare_tiles(unet, condition, plan, prepared, wanted, tiles_per_batch=tiles_per_batch)
+    return prepared
+
+
+@torch.inference_mode()
+def prepare_tiles(
+    unet: FaithDiffUNet,
+    condition: Condition,
+    plan: TilePlan,
+    prepared: PreparedCondition,
+    tiles: Sequence[int],
+    *,
+    tiles_per_batch: int | None = None,
+) -> None:
+    """Adds to `prepared` what it lacks of `tiles`. Pauses at `take_break`."""
+    missing = [tile for tile in tiles if tile not in prepared.lq_embeddings]
+    features = condition.lq_features.to(unet.dtype) if missing else condition.lq_features
+    for rows in _chunks(missing, plan.tile, features.device, tiles_per_batch):
         embedded = unet.alignment.embed(torch.cat([plan.cut(features, i) for i in rows]))
-        embeddings.update(zip(rows, embedded, strict=True))
+        prepared.lq_embeddings.update(zip(rows, embedded, strict=True))
         take_break()
-    return PreparedCondition(embeddings, unet.prepare_text(condition.prompt_embeds.to(unet.dtype)))
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from faithdiff.bands import decode_banded, encode_moments_banded
 from faithdiff.errors import InputError
-from faithdiff.pictures import to_rgb_uint8
+from faithdiff.pictures import Levels, to_rgb_levels
 from faithdiff.precision import finite_or_float32
 from faithdiff.request import RestorationRequest
 from faithdiff.schedule import EulerSchedule
@@ -72,20 +73,20 @@ def start_latents(
     return x0 + schedule.sigmas[0] * noise
 
 
-def decode_latents(vae: Any, latents: Tensor, request: RestorationRequest) -> np.ndarray:
-    """uint8 RGB [8 H, 8 W, 3] of scaled latents [1, 4, H, W]; large pictures in parts."""
+def decode_latents(vae: Any, latents: Tensor, request: RestorationRequest, dtype: npt.DTypeLike = np.uint8) -> Levels:
+    """RGB [8 H, 8 W, 3] of `dtype`, uint8 or uint16, of scaled latents [1, 4, H, W]; large pictures in parts."""
     unscaled = latents / vae.config.scaling_factor
     tile_px = request.vae_tile_px
     fits = max(latents.shape[2:]) * CELL_PX <= tile_px
 
-    def decode(dtype: torch.dtype) -> Tensor:
+    def decode(precision: torch.dtype) -> Tensor:
         if fits:
-            return vae.decode(unscaled.to(dtype)).sample
+            return vae.decode(unscaled.to(precision)).sample
         if request.switches.vae_tiling == "released":
-            return _decode_overlapping(vae, unscaled.to(dtype))
-        return decode_banded(vae, unscaled.to(dtype), band_px=_band_px(unscaled.shape[3] * CELL_PX, tile_px))
+            return _decode_overlapping(vae, unscaled.to(precision))
+        return decode_banded(vae, unscaled.to(precision), band_px=_band_px(unscaled.shape[3] * CELL_PX, tile_px))
 
-    return to_rgb_uint8(finite_or_float32(vae, decode, what="vae decoder"))
+    return to_rgb_levels(finite_or_float32(vae, decode, what="vae decoder"), dtype)
 
 
 @torch.inference_mode()
@@ -96,7 +97,7 @@ def preview_image(vae: Any, latents: Tensor) -> Image.Image:
         size = [max(1, round(side * _PREVIEW_CELLS / longest)) for side in latents.shape[2:]]
         latents = F.interpolate(latents, size=size, mode="area")
     dtype = next(vae.parameters()).dtype
-    return Image.fromarray(to_rgb_uint8(vae.decode((latents / vae.config.scaling_factor).to(dtype)).sample))
+    return Image.fromarray(to_rgb_levels(vae.decode((latents / vae.config.scaling_factor).to(dtype)).sample))
 
 
 def _decode_overlapping(vae: Any, latents: Tensor) -> Tensor:

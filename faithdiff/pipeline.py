@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +30,9 @@ from faithdiff.compat import Switches, resolve_switches
 from faithdiff.conditioning import build_condition, text_rows
 from faithdiff.denoiser import Canvas, advance, prepare_condition
 from faithdiff.errors import Cancelled, InputError
+from faithdiff.image_modes import to_eight_bits
 from faithdiff.latents import decode_latents, encode_latents, preview_image, start_latents, unit_noise
-from faithdiff.pictures import input_consistency_db, to_network_input, to_rgb_array, upscale_lq
+from faithdiff.pictures import Levels, input_consistency_db, to_network_input, to_rgb_array, upscale_lq
 from faithdiff.precision import move
 from faithdiff.request import ColorFix, RestorationRequest, Size, StartFrom
 from faithdiff.schedule import EulerSchedule, alphas_cumprod
@@ -43,10 +44,17 @@ Callback = Callable[[int, int, Image.Image], bool | None]
 
 @dataclass(frozen=True)
 class RestorationResult:
-    """`image`: RGB of exactly scale x the input. `report`: steps, tiles, seconds per phase, version, consistency."""
+    """`image`: RGB of exactly scale x the input. `report`: steps, tiles, seconds per phase, version, consistency.
 
-    image: Image.Image
+    `array` [H, W, 3] holds the same levels, at the depth of the input: uint8, or uint16 for an array of uint16.
+    """
+
+    array: Levels
     report: dict[str, Any]
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.fromarray(to_eight_bits(self.array))
 
 
 @dataclass(frozen=True)
@@ -192,7 +200,7 @@ class FaithDiffPipeline:
     ) -> RestorationResult:
         """The restored picture of exactly `scale` x the input size, and a report.
 
-        `image` is a PIL image or uint8 RGB [H, W, 3] of any size. `guidance_scale` <= 1 turns guidance off: the
+        `image` is a PIL image or uint8 or uint16 RGB [H, W, 3] of any size. `guidance_scale` <= 1 turns guidance off: the
         prompt alone predicts. `start_from` "lq" starts from the noised input, "noise" from noise alone. Sizes in
         pixels are one number or (height, width), multiples of 8; a picture longer than `vae_tile_px` passes the VAE
         in parts, with the same result. `callback(step, num_steps, preview)` follows every
@@ -247,8 +255,13 @@ class FaithDiffPipeline:
         return EnlargedPicture(request, lq_rgb, reference_rgb, seconds)
 
     @torch.inference_mode()
-    def encode(self, enlarged: EnlargedPicture, *, resume: CanvasState | None = None) -> Restoration:
-        """The second half of `prepare`; pauses at `take_break`."""
+    def encode(
+        self, enlarged: EnlargedPicture, *, resume: CanvasState | None = None, tiles: Sequence[int] | None = None
+    ) -> Restoration:
+        """The second half of `prepare`; pauses at `take_break`.
+
+        Only the given `tiles` are made ready for the network, all by default; `denoiser.prepare_tiles` adds others.
+        """
         request, seconds = enlarged.request, dict(enlarged.seconds)
         picture = to_network_input(enlarged.reference_rgb, self.device)
         plan = self.plan((picture.shape[2], picture.shape[3]), request)
@@ -258,7 +271,7 @@ class FaithDiffPipeline:
         with timed(seconds, "encode"):
             condition = build_condition(picture, plan, request, lq_encoder=self.lq_encoder, text=text)
             take_break()
-            prepared = prepare_condition(self.unet, condition, plan, tiles_per_batch=self.tiles_per_batch)
+            prepared = prepare_condition(self.unet, condition, plan, tiles=tiles, tiles_per_batch=self.tiles_per_batch)
             schedule = EulerSchedule.from_scheduler(self.scheduler, request.num_inference_steps).to(self.device)
             if resume is None:
                 latents = self._start(picture, schedule, request)
@@ -298,7 +311,8 @@ class FaithDiffPipeline:
         assert canvas.is_done, f"finish at step {canvas.step} of {canvas.schedule.num_steps}"
         height, width = restoration.reference_rgb.shape[:2]
         with timed(restoration.seconds, "decode"):
-            return decode_latents(self.vae, canvas.latents, restoration.request)[:height, :width]
+            levels = decode_latents(self.vae, canvas.latents, restoration.request, restoration.lq_rgb.dtype)
+        return levels[:height, :width]
 
     def compose(self, restoration: Restoration, decoded: np.ndarray) -> RestorationResult:
         """The second half of `finish`; needs no device."""
@@ -316,7 +330,7 @@ class FaithDiffPipeline:
             "seconds": {phase: round(spent, 4) for phase, spent in seconds.items()},
             "consistency_psnr_db": input_consistency_db(restored, restoration.lq_rgb),
         }
-        return RestorationResult(Image.fromarray(restored), report)
+        return RestorationResult(restored, report)
 
     def preview(self, canvas: Canvas) -> Image.Image:
         """A small picture of what the canvas is becoming: the current clean estimate, decoded at low resolution."""

@@ -54,15 +54,15 @@ class _Entry(NamedTuple):
     problem: str = ""
 
 
-def list_pictures(sources: Sequence[SourceConfig], cache: Storage) -> list[Picture]:
+def list_pictures(sources: Sequence[SourceConfig], cache: Storage, *, job: str = "prepare") -> list[Picture]:
     """Every picture of every source, in the order of the sources and then of the names.
 
-    `cache` keeps what is known about archives, so that they are looked through once.
+    `cache` keeps what is known about archives, so that they are looked through once. `job` is named in errors.
 
     Raises:
         InputDataError: a source does not exist, or holds no picture.
     """
-    return [picture for source in sources for picture in _list_source(source, cache)]
+    return [picture for source in sources for picture in _list_source(source, cache, job)]
 
 
 def storage_of(source: SourceConfig) -> Storage:
@@ -79,7 +79,7 @@ def printable(name: str) -> str:
     return "".join(_escaped(char) for char in name)
 
 
-def _list_source(source: SourceConfig, cache: Storage) -> list[Picture]:
+def _list_source(source: SourceConfig, cache: Storage, job: str) -> list[Picture]:
     storage = storage_of(source)
     uri = open_storage(source.uri).uri
     only = uri.rpartition("/")[2] if storage.uri != uri else ""
@@ -96,7 +96,7 @@ def _list_source(source: SourceConfig, cache: Storage) -> list[Picture]:
             f"{len(entries)} files, none of them a picture that it takes" if entries else "nothing, or does not exist"
         )
         raise InputDataError(
-            f"prepare: source {source.name}: {uri} holds {held}; give a folder or an archive with "
+            f"{job}: source {source.name}: {uri} holds {held}; give a folder or an archive with "
             f"{', '.join(SUFFIXES)} files, and check include and exclude"
         )
     return pictures

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import time
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -54,13 +53,13 @@ class Access:
         """Counts a request of so many megapixels against the limits of its key. Raises Problem 429 beyond them."""
         if caller.limits is None:
             return
-        verdict = await asyncio.to_thread(self._store.take, caller.key_id, megapixels, time.time())
+        verdict = await asyncio.to_thread(self._store.take, caller.key_id, megapixels)
         if not verdict.allowed:
             raise Problem(429, "limit-reached", f"key: {verdict.reason}", retry_after_s=verdict.retry_after_s)
 
     async def usage(self, caller: Caller) -> UsageJson:
         """What has been counted of the caller today."""
-        num_requests, megapixels = await asyncio.to_thread(self._store.usage, caller.key_id, time.time())
+        num_requests, megapixels = await asyncio.to_thread(self._store.usage, caller.key_id)
         limits = caller.limits
         return UsageJson(
             key=caller.name,

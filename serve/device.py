@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from faithdiff.breaks import breaks
-from faithdiff.denoiser import BrokenTiles, TileJob, step_tiles, tiles_per_pass
-from faithdiff.errors import Cancelled
+from faithdiff.denoiser import BrokenTiles, TileJob, prepare_tiles, step_tiles, tiles_per_pass
+from serve.guest import Figures, Guest, is_out_of_memory, not_enough_memory
+from serve.measurements import count_step, observe_device, observe_pass
 from serve.scheduler import Pass, Quantum, Scheduler, Shape, Turn, entries_of
+from serve.team import Delivery, Team
+from serve.tracing import Trace, record_span
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from faithdiff import FaithDiffPipeline
     from faithdiff.pipeline import Restoration
 
@@ -34,67 +33,6 @@ logger = logging.getLogger(__name__)
 
 # A turn that was shorter is not given back yet: changing threads costs about a tenth of a millisecond.
 _SHORTEST_TURN_S = 0.002
-# Rates are means over about so many seconds of work.
-_RATE_SPAN_S = 60.0
-
-
-class NotEnoughMemory(RuntimeError):  # noqa: N818 - reads as what happened
-    """The device had too little memory twice; the picture was given up, others go on."""
-
-
-@dataclass
-class Guest:
-    """One picture on the device. Its lock is the device's."""
-
-    number: int
-    megapixels: float
-    condition: threading.Condition
-    phase: str = "queued"
-    device_seconds: float = 0.0
-    is_cancelled: bool = False
-    has_turn: bool = False
-    turn_start_s: float = 0.0
-    restoration: Restoration | None = None
-    state: tuple[int, Tensor] | None = None
-    failure: BaseException | None = None
-    is_alone: bool = False
-    wants_preview: bool = False
-    previewed_at_s: float = -math.inf
-    preview: Image.Image | None = None
-
-    def check(self) -> None:
-        if self.is_cancelled:
-            raise Cancelled("engine: the picture was cancelled")
-
-
-@dataclass
-class Figures:
-    """What the device has done: seconds by phase, and sums that fade over `_RATE_SPAN_S` seconds of work."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    megapixel_steps: float = 0.0
-    recent_megapixel_steps: float = 0.0
-    recent_s: float = 0.0
-    recent_tiles: float = 0.0
-    recent_rows: float = 0.0
-
-    def add(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-        fade = 0.5 ** (seconds / _RATE_SPAN_S)
-        self.recent_megapixel_steps *= fade
-        self.recent_tiles *= fade
-        self.recent_rows *= fade
-        self.recent_s = self.recent_s * fade + seconds
-
-    @property
-    def megapixel_steps_per_s(self) -> float | None:
-        """Output megapixels x steps per second of work, encoding and decoding included; None before the first step."""
-        return self.recent_megapixel_steps / self.recent_s if self.recent_megapixel_steps else None
-
-    @property
-    def batch_fill(self) -> float:
-        """Share of the rows of all passes that were no copies."""
-        return self.recent_tiles / self.recent_rows if self.recent_rows else 1.0
 
 
 class Device:
@@ -112,11 +50,12 @@ class Device:
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
 
-    def enter(self, *, work: float, megapixels: float, priority: int) -> Guest:
+    def enter(self, *, work: float, megapixels: float, priority: int, trace: Trace | None = None) -> Guest:
         """A picture of so many output megapixels that will need about `work` megapixel-steps in all."""
         with self._lock:
             number = self._scheduler.add(work, priority)
-            guest = Guest(number, megapixels, threading.Condition(self._lock), is_cancelled=self._is_closed)
+            condition = threading.Condition(self._lock)
+            guest = Guest(number, megapixels, condition, is_cancelled=self._is_closed, trace=trace)
             self._guests[number] = guest
             return guest
 
@@ -156,17 +95,29 @@ class Device:
                 guest.has_turn = False
                 self._changed.notify()
 
-    def denoise(self, guest: Guest, restoration: Restoration) -> None:
-        """Returns when the canvas has taken all its steps. Raises Cancelled, FloatingPointError, NotEnoughMemory."""
+    def denoise(self, guest: Guest, restoration: Restoration, team: Team | None = None) -> None:
+        """Returns when the canvas has taken all its steps. Raises Cancelled, FloatingPointError, NotEnoughMemory.
+
+        With a team, its members step a share of the tiles of every step.
+        """
+        with self._lock:
+            guest.phase, guest.restoration, guest.team = "denoise", restoration, team
+            guest.state = (restoration.canvas.step, restoration.canvas.latents)
+            self._begin_step(guest)
+            self._await(guest, lambda: restoration.canvas.is_done)
+
+    def step_for_others(
+        self, guest: Guest, restoration: Restoration, step: int, latents: np.ndarray, tiles: Sequence[int]
+    ) -> np.ndarray:
+        """Tiles [N, 4, h, w] of another replica's canvas [1, 4, H, W] after one step. Raises as `denoise` does."""
+        canvas = restoration.canvas
         with self._lock:
             guest.phase, guest.restoration = "denoise", restoration
-            guest.state = (restoration.canvas.step, restoration.canvas.latents)
+            canvas.stand_at(step, torch.from_numpy(latents))
+            guest.away = frozenset(range(canvas.plan.num_tiles)) - frozenset(tiles)
             self._want_tiles(guest)
-            self._changed.notify()
-            guest.condition.wait_for(lambda: guest.is_cancelled or guest.failure or restoration.canvas.is_done)
-            guest.check()
-            if guest.failure is not None:
-                raise guest.failure
+            self._await(guest, lambda: not guest.tiles_missing(tiles))
+            return canvas.stepped(tiles).float().cpu().numpy()
 
     def free_memory(self) -> None:
         """Gives back what nobody uses."""
@@ -176,6 +127,14 @@ class Device:
 
     def _capacity(self, shape: Shape) -> int:
         return self._pipeline.tiles_per_batch or tiles_per_pass(shape[:2], self._pipeline.device)
+
+    def _await(self, guest: Guest, is_over: Callable[[], bool]) -> None:
+        """Lets the device work on the guest's tiles until it is over."""
+        self._changed.notify()
+        guest.condition.wait_for(lambda: guest.is_cancelled or guest.failure is not None or is_over())
+        guest.check()
+        if guest.failure is not None:
+            raise guest.failure
 
     def _await_turn(self, guest: Guest) -> None:
         guest.check()
@@ -208,6 +167,8 @@ class Device:
     def _next(self) -> Quantum | None:
         with self._lock:
             while not self._is_closed:
+                for guest in self._guests.values():
+                    self._take_deliveries(guest)
                 if (quantum := self._scheduler.next()) is not None:
                     return quantum
                 self._changed.wait()
@@ -228,32 +189,46 @@ class Device:
         with self._lock:
             guests = [self._guests.get(number) for number in entries_of(quantum)]
         present = {g.number: g for g in guests if g is not None and not g.is_cancelled and g.restoration is not None}
-        jobs = [
-            TileJob(present[number].restoration.canvas, tile)  # type: ignore[union-attr]
-            for number, tile in quantum.tiles
-            if number in present
-        ]
-        if not jobs:
+        tiles = [(present[number], tile) for number, tile in quantum.tiles if number in present]
+        if not tiles:
             return
+        start_s = time.perf_counter()
         try:
-            self._step_tiles(jobs, quantum)
+            self._step_tiles(tiles, quantum)
         except Exception as error:  # noqa: BLE001 - one picture's failure, whatever it is, must not reach the others
             self._blame(list(present.values()), error)
+        self._count_pass(tiles, quantum.capacity, time.perf_counter() - start_s)
         for guest in present.values():
             self._take_step(guest)
 
-    def _step_tiles(self, jobs: list[TileJob], quantum: Pass) -> None:
-        tiles_per_batch = 1 if quantum.is_alone else self._pipeline.tiles_per_batch
-        step_tiles(self._pipeline.unet, jobs, tiles_per_batch=tiles_per_batch)
-        self.figures.recent_tiles += len(jobs)
-        self.figures.recent_rows += quantum.capacity
+    def _step_tiles(self, tiles: list[tuple[Guest, int]], quantum: Pass) -> None:
+        unet, tiles_per_batch = self._pipeline.unet, 1 if quantum.is_alone else self._pipeline.tiles_per_batch
+        for canvas in {id(guest): guest.canvas for guest, _ in tiles}.values():
+            # A picture that is shared has only those tiles ready that were stepped here before.
+            own = [tile for guest, tile in tiles if guest.canvas is canvas]
+            prepare_tiles(
+                unet,
+                canvas.condition,
+                canvas.plan,
+                canvas.prepared,
+                own,
+                tiles_per_batch=self._pipeline.tiles_per_batch,
+            )
+        step_tiles(unet, [TileJob(guest.canvas, tile) for guest, tile in tiles], tiles_per_batch=tiles_per_batch)
+
+    def _count_pass(self, tiles: list[tuple[Guest, int]], capacity: int, seconds: float) -> None:
+        self._synchronize()
+        observe_pass(len(tiles), capacity, seconds)
+        done = sum(guest.megapixels / guest.canvas.plan.num_tiles for guest, _ in tiles)
+        self.figures.recent_megapixel_steps += done
+        self.figures.recent_tiles += len(tiles)
+        self.figures.recent_rows += capacity
 
     def _blame(self, guests: list[Guest], error: Exception) -> None:
         """Tiles that are not finite are their picture's fault; anything else each picture may try again, alone."""
         if isinstance(error, BrokenTiles):
             for guest in guests:
-                assert guest.restoration is not None
-                if own := [job for job in error.jobs if job.canvas is guest.restoration.canvas]:
+                if own := [job for job in error.jobs if job.canvas is guest.canvas]:
                     guest.failure = BrokenTiles(own)
             return
         logger.warning("device: a pass over tiles of %d pictures failed: %r", len(guests), error)
@@ -268,27 +243,72 @@ class Device:
     @torch.inference_mode()
     def _take_step(self, guest: Guest) -> None:
         """Ends the step when all its tiles have been stepped, and says what the picture needs next."""
-        assert guest.restoration is not None
-        canvas = guest.restoration.canvas
-        if guest.failure is None and not canvas.pending_tiles():
+        canvas = guest.canvas
+        is_finished = guest.failure is None and not canvas.pending_tiles()
+        if is_finished:
             canvas.finish_step()
-            self.figures.recent_megapixel_steps += guest.megapixels
-            self.figures.megapixel_steps += guest.megapixels
+            count_step(guest.megapixels)
+            self._tell_step(guest)
             self._show(guest)
         with self._lock:
-            guest.state = (canvas.step, canvas.latents)
             if guest.failure is not None or canvas.is_done:
                 self._scheduler.rest(guest.number)
                 guest.condition.notify()
             elif not guest.is_cancelled:
-                self._want_tiles(guest)
+                self._go_on(guest, is_finished)
+            guest.state = (canvas.step, canvas.latents)
+
+    def _go_on(self, guest: Guest, is_next_step: bool) -> None:
+        if is_next_step:
+            self._begin_step(guest)
+        elif guest.tiles_left():
+            self._want_tiles(guest)
+        else:  # what is left of the step is done elsewhere
+            guest.condition.notify()
+            if guest.team is not None:
+                guest.team.own_share_is_done()
+
+    def _begin_step(self, guest: Guest) -> None:
+        """Shares the tiles of a new step out, where there is a team, and wants those that stay here."""
+        canvas = guest.canvas
+        pending = canvas.pending_tiles()
+        guest.away = frozenset()
+        if guest.team is not None and pending:
+            latents = canvas.latents.float().cpu().numpy()
+            kept = guest.team.share_out(canvas.step, latents, pending, lambda delivery: self._deliver(guest, delivery))
+            guest.away = frozenset(pending) - frozenset(kept)
+        self._want_tiles(guest)
+
+    def _deliver(self, guest: Guest, delivery: Delivery) -> None:
+        with self._lock:
+            guest.deliveries.append(delivery)
+            self._changed.notify()
+
+    def _take_deliveries(self, guest: Guest) -> None:
+        """Tiles that come back stepped, or are to be stepped here after all."""
+        deliveries, guest.deliveries = guest.deliveries, []
+        for delivery in deliveries:
+            canvas = guest.canvas
+            if guest.is_cancelled or guest.failure is not None or delivery.step != canvas.step:
+                continue
+            guest.away -= frozenset(delivery.tiles)
+            if delivery.stepped is not None:
+                for tile, stepped in zip(delivery.tiles, torch.from_numpy(delivery.stepped).split(1), strict=True):
+                    canvas.receive(tile, stepped)
+            if delivery.stepped is None or not canvas.pending_tiles():
+                self._take_step(guest)
 
     def _want_tiles(self, guest: Guest) -> None:
-        assert guest.restoration is not None
-        canvas = guest.restoration.canvas
-        if tiles := canvas.pending_tiles():
+        canvas = guest.canvas
+        if tiles := guest.tiles_left():
             shape = TileJob(canvas, tiles[0]).shape
             self._scheduler.want_tiles(guest.number, shape, tiles, alone=guest.is_alone)
+
+    def _tell_step(self, guest: Guest) -> None:
+        now_s = time.perf_counter()
+        if guest.trace is not None and guest.stepped_at_s:
+            record_span(guest.trace, "step", now_s - guest.stepped_at_s, step=guest.canvas.step)
+        guest.stepped_at_s = now_s
 
     def _show(self, guest: Guest) -> None:
         """A preview, when somebody has asked for one and the last one is old."""
@@ -296,15 +316,15 @@ class Device:
         if not guest.wants_preview or now_s - guest.previewed_at_s < self._preview_every_s:
             return
         guest.wants_preview, guest.previewed_at_s = False, now_s
-        assert guest.restoration is not None
         try:
-            guest.preview = self._pipeline.preview(guest.restoration.canvas)
+            guest.preview = self._pipeline.preview(guest.canvas)
         except Exception as error:  # noqa: BLE001 - the picture itself does not need its preview
             logger.warning("device: no preview: %r", error)
 
     def _settle(self, quantum: Quantum, phase: str, seconds: float) -> None:
         with self._lock:
             self.figures.add(phase, seconds)
+            observe_device(phase, seconds)
             numbers = [quantum.entry] if isinstance(quantum, Turn) else [number for number, _ in quantum.tiles]
             for number in numbers:
                 if (guest := self._guests.get(number)) is not None:
@@ -314,12 +334,3 @@ class Device:
     def _synchronize(self) -> None:
         if self._pipeline.device.type == "cuda":
             torch.cuda.synchronize(self._pipeline.device)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out on the device or on the host; PyTorch has no class of its own for the host."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def not_enough_memory(error: BaseException) -> NotEnoughMemory:
-    return NotEnoughMemory(f"engine: memory ran out twice ({str(error).splitlines()[0]}); send a smaller picture")

@@ -12,24 +12,25 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent import futures
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from pydantic import NonNegativeFloat, PositiveInt
 
+from serve.assistance import Assistance
 from serve.memory_model import Footprint, MemoryModel, TooLarge, measured_room
+from serve.team import SharedPicture, Team
+from serve.tickets import Entry, Ticket, TicketProgress
+from serve.tracing import Trace, span
 from sr_platform.config import StrictConfig
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from faithdiff import FaithDiffPipeline, RestorationResult
     from faithdiff.canvas_state import CanvasState
     from faithdiff.pipeline import EnlargedPicture
     from faithdiff.request import RestorationRequest
-    from serve.device import Guest
+    from serve.guest import Guest
 
 __all__ = ["Busy", "Engine", "EngineConfig", "EngineLoad", "Ticket", "TicketProgress", "TooLarge"]
 
@@ -54,16 +55,6 @@ class EngineConfig(StrictConfig):
 
 
 @dataclass(frozen=True)
-class TicketProgress:
-    """`phase` is queued, encode, denoise, decode or done; `device_seconds` is what the picture has cost so far."""
-
-    phase: str
-    step: int
-    num_steps: int
-    device_seconds: float
-
-
-@dataclass(frozen=True)
 class EngineLoad:
     """What an engine has in hand and how fast it is. Megapixels are those of results."""
 
@@ -85,59 +76,17 @@ class EngineLoad:
     """Why the device can no longer be used; the replica must be started again."""
 
 
-@dataclass
-class _Entry:
-    lq: np.ndarray
-    request: RestorationRequest
-    name: str
-    guest: Guest
-    footprint: Footprint
-    resume: CanvasState | None
-    future: Future[RestorationResult] = field(default_factory=Future)
-    enlarged: EnlargedPicture | None = None
-
-
-class Ticket:
-    """A picture in an engine's hands. Every method may be called from any thread."""
-
-    def __init__(self, engine: Engine, entry: _Entry) -> None:
-        self._engine, self._entry = engine, entry
-
-    @property
-    def future(self) -> Future[RestorationResult]:
-        """The result, or InputError, Cancelled, FloatingPointError, NotEnoughMemory; cancelling it cancels the work."""
-        return self._entry.future
-
-    def progress(self) -> TicketProgress:
-        entry = self._entry
-        step = 0 if entry.guest.state is None else entry.guest.state[0]
-        phase = "done" if entry.future.done() else entry.guest.phase
-        return TicketProgress(phase, step, entry.request.num_inference_steps, entry.guest.device_seconds)
-
-    def cancel(self) -> None:
-        """The device works on the picture no longer than the step or band that it is at."""
-        self._engine.cancel(self._entry)
-
-    def preview(self) -> Image.Image | None:
-        """The newest small picture of what is becoming of it; asking has a newer one made after the next step."""
-        self._entry.guest.wants_preview = True
-        return self._entry.guest.preview
-
-    def snapshot(self) -> CanvasState | None:
-        """From which `submit(resume=...)` goes on, here or elsewhere; None before the first step."""
-        return self._engine.snapshot(self._entry)
-
-
 class Engine:
     """Restores pictures with one pipeline; give the pipeline to nobody else meanwhile."""
 
-    def __init__(self, pipeline: FaithDiffPipeline, cfg: EngineConfig) -> None:
+    def __init__(self, pipeline: FaithDiffPipeline, cfg: EngineConfig, *, memory_share: float = 1.0) -> None:
         from serve.device import Device
 
         self._pipeline, self._cfg = pipeline, cfg
-        self._memory, self._room = MemoryModel(pipeline), measured_room(pipeline.device, cfg.memory_bytes)
+        self._memory = MemoryModel(pipeline)
+        self._room = measured_room(pipeline.device, cfg.memory_bytes, share=memory_share)
         self._lock = threading.Lock()
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, Entry] = {}
         self._device = Device(pipeline, preview_every_s=cfg.preview_every_s)
         self._is_closed = False
 
@@ -149,38 +98,74 @@ class Engine:
         name: str,
         priority: int = 5,
         resume: CanvasState | None = None,
+        team: Team | None = None,
+        trace: Trace | None = None,
     ) -> Ticket:
         """Takes a picture in hand: uint8 RGB [H, W, 3]. Priority 9 gets 16 times the share of 5, and 0 a 32nd.
 
         With `resume` it goes on from a snapshot; the result has the bits of the undisturbed one. A snapshot of another
-        picture, request or model version is left aside.
+        picture, request or model version is left aside. A `team` steps some of its tiles; the engine closes it.
 
         Raises:
             faithdiff.errors.InputError: it is no such picture.
             TooLarge: it would not fit even alone.
             Busy: it does not fit beside those in hand.
         """
-        from faithdiff.pictures import to_rgb_array
-
-        size_px = to_rgb_array(lq).shape[:2]
-        footprint = self._memory.footprint(size_px, request)
-        self._check_size(size_px, request, footprint)
-        with self._lock:
-            self._check_room(name, footprint)
-            steps_left = request.num_inference_steps - (0 if resume is None else resume.step)
-            guest = self._device.enter(
-                work=footprint.tile_megapixels * max(1, steps_left), megapixels=footprint.megapixels, priority=priority
-            )
-            entry = _Entry(lq, request, name, guest, footprint, resume)
-            self._entries[guest.number] = entry
+        entry = self.enter(lq, request, name=name, priority=priority, resume=resume, trace=trace)
+        entry.team = team
         entry.future.add_done_callback(lambda future: self.cancel(entry) if future.cancelled() else None)
         threading.Thread(target=self._run, args=(entry,), name=f"picture {name}", daemon=True).start()
         return Ticket(self, entry)
 
-    def cancel(self, entry: _Entry) -> None:
+    def assist(self, picture: SharedPicture) -> Assistance:
+        """Takes part in a picture of another replica: encodes it now, and steps tiles of it when asked.
+
+        Raises:
+            TooLarge, Busy: as `submit`. InputError: the other replica has another model.
+        """
+        from faithdiff.errors import InputError
+
+        if picture.model_version != self._pipeline.model_version:
+            raise InputError(f"engine: this is model {self._pipeline.model_version}, not {picture.model_version}")
+        entry = self.enter(picture.lq, picture.request, name=picture.name, priority=picture.priority)
+        entry.is_of_others = True
+        return Assistance(self, self._pipeline, self._device, entry)
+
+    def enter(
+        self,
+        lq: np.ndarray,
+        request: RestorationRequest,
+        *,
+        name: str,
+        priority: int,
+        resume: CanvasState | None = None,
+        trace: Trace | None = None,
+    ) -> Entry:
+        """A place for the picture on the device and in memory. Raises as `submit`."""
+        from faithdiff.pictures import to_rgb_array
+
+        size_px = to_rgb_array(lq).shape[:2]
+        footprint = self._memory.footprint(size_px, request, lq.itemsize)
+        self._check_size(size_px, request, footprint)
+        steps_left = request.num_inference_steps - (0 if resume is None else resume.step)
+        work = footprint.tile_megapixels * max(1, steps_left)
+        with self._lock:
+            self._check_room(name, footprint)
+            guest = self._device.enter(work=work, megapixels=footprint.megapixels, priority=priority, trace=trace)
+            entry = Entry(lq, request, name, guest, footprint, resume)
+            self._entries[guest.number] = entry
+        return entry
+
+    def leave(self, entry: Entry) -> None:
+        """The picture is done with, in whatever way."""
+        self._device.leave(entry.guest)
+        with self._lock:
+            self._entries.pop(entry.guest.number, None)
+
+    def cancel(self, entry: Entry) -> None:
         self._device.cancel(entry.guest)
 
-    def snapshot(self, entry: _Entry) -> CanvasState | None:
+    def snapshot(self, entry: Entry) -> CanvasState | None:
         from faithdiff.canvas_state import CanvasState
 
         if entry.enlarged is None or entry.guest.state is None or entry.guest.state[0] == 0:
@@ -212,7 +197,7 @@ class Engine:
             self._is_closed = True
             entries = list(self._entries.values())
         self._device.close()
-        futures.wait([entry.future for entry in entries])
+        futures.wait([entry.future for entry in entries if not entry.is_of_others])
 
     def _check_size(self, size_px: tuple[int, ...], request: RestorationRequest, footprint: Footprint) -> None:
         if self._room.holds([footprint]):
@@ -230,48 +215,52 @@ class Engine:
         if len(in_hand) >= self._cfg.max_entries or not self._room.holds([*in_hand, footprint]):
             raise Busy(f"engine: {len(in_hand)} pictures are in hand already; come again later")
 
-    def _free_megapixels(self, entries: list[_Entry]) -> float:
+    def _free_megapixels(self, entries: list[Entry]) -> float:
         if self._is_closed or self._device.failure is not None or len(entries) >= self._cfg.max_entries:
             return 0.0
         return self._memory.max_megapixels(self._room, [entry.footprint for entry in entries])
 
-    def _run(self, entry: _Entry) -> None:
+    def _run(self, entry: Entry) -> None:
         outcome: RestorationResult | BaseException
         try:
             outcome = self._restore(entry)
         except BaseException as error:  # noqa: BLE001 - whoever waits for the picture is told, whatever it is
             outcome = error
-        self._device.leave(entry.guest)
-        with self._lock:
-            del self._entries[entry.guest.number]
+        if entry.team is not None:
+            entry.team.close()
+        self.leave(entry)
         if entry.future.set_running_or_notify_cancel():
             if isinstance(outcome, BaseException):
                 entry.future.set_exception(outcome)
             else:
                 entry.future.set_result(outcome)
 
-    def _restore(self, entry: _Entry) -> RestorationResult:
-        pipeline, guest = self._pipeline, entry.guest
+    def _restore(self, entry: Entry) -> RestorationResult:
+        pipeline, guest, team = self._pipeline, entry.guest, entry.team
         # A read-only array, as Ray hands them over, would make PyTorch warn.
         enlarged = pipeline.enlarge(np.array(entry.lq), entry.request)
         entry.enlarged = enlarged
         resume = self._fitting(entry, enlarged)
-        restoration = self._on_device(guest, "encode", lambda: pipeline.encode(enlarged, resume=resume))
-        self._device.denoise(guest, restoration)
-        decoded = self._on_device(guest, "decode", lambda: pipeline.decode(restoration))
-        result = pipeline.compose(restoration, decoded)
+        if team is not None:
+            team.start()
+        tiles = None if team is None else ()
+        restoration = self.on_device(guest, "encode", lambda: pipeline.encode(enlarged, resume=resume, tiles=tiles))
+        self._device.denoise(guest, restoration, team)
+        decoded = self.on_device(guest, "decode", lambda: pipeline.decode(restoration))
+        with span("color_fix", level=logging.DEBUG):
+            result = pipeline.compose(restoration, decoded)
         guest.check()
         return result
 
-    def _fitting(self, entry: _Entry, enlarged: EnlargedPicture) -> CanvasState | None:
+    def _fitting(self, entry: Entry, enlarged: EnlargedPicture) -> CanvasState | None:
         if entry.resume is None or entry.resume.fingerprint == self._pipeline.fingerprint(enlarged):
             return entry.resume
         logger.warning("engine: picture %s starts again: its saved state is of another picture or model", entry.name)
         return None
 
-    def _on_device(self, guest: Guest, phase: str, compute: Callable[[], ResultT]) -> ResultT:
+    def on_device(self, guest: Guest, phase: str, compute: Callable[[], ResultT]) -> ResultT:
         """`compute` in turns on the device; when memory runs out, once more after freeing what nobody uses."""
-        from serve.device import is_out_of_memory, not_enough_memory
+        from serve.guest import is_out_of_memory, not_enough_memory
 
         try:
             with self._device.turn(guest, phase):
@@ -287,6 +276,6 @@ class Engine:
             raise not_enough_memory(error) if is_out_of_memory(error) else error from error
 
 
-def _steps_left(entry: _Entry) -> int:
+def _steps_left(entry: Entry) -> int:
     step = 0 if entry.guest.state is None else entry.guest.state[0]
     return entry.request.num_inference_steps - step

@@ -26,7 +26,8 @@ _FORM_OVERHEAD_BYTES = 256 * 1024
 _MAX_JSON_BYTES = 64 * 1024
 # Databases do not store it.
 _NO_NUL = r"^[^\x00]*$"
-_OUTPUT_FIELDS = ("output_format", "output_quality", "keep_metadata")
+# Of no concern to the restoration itself.
+_OTHER_FIELDS = ("output_format", "output_quality", "keep_metadata", "auto_prompt")
 
 
 class UpscaleRequest(StrictConfig):
@@ -54,10 +55,12 @@ class UpscaleRequest(StrictConfig):
     """Quality of a JPEG or WebP; PNG and TIFF lose nothing whatever it is."""
     keep_metadata: bool = Field(default=True, examples=[True])
     """Keep EXIF data such as place and time of the shot; the colour profile is always kept."""
+    auto_prompt: bool = Field(default=False, examples=[False])
+    """Have the picture described by the service's captioner, where it has one; `prompt` must be empty then."""
 
     def restoration_fields(self) -> dict[str, Any]:
         """The settings of the restoration itself, as RestorationRequest takes them."""
-        return self.model_dump(exclude=set(_OUTPUT_FIELDS))
+        return self.model_dump(exclude=set(_OTHER_FIELDS))
 
     def output_options(self) -> OutputOptions:
         """How the restored picture is written."""

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -56,6 +55,7 @@ from serve.restorer import Busy, ModelInfo, RestoredPicture
 from serve.webhooks import WebhookConfig, WebhookSender
 from sr_platform.config import StrictConfig
 from sr_platform.errors import StorageError
+from sr_platform.observability import LogConfig
 from sr_platform.storage import Storage
 
 _RETRY_AFTER_S = 5
@@ -77,8 +77,14 @@ logger = logging.getLogger(__name__)
 class GatewayConfig(StrictConfig):
     """The HTTP side: how many gateways, and what they let in."""
 
-    num_replicas: PositiveInt = 1
-    """Gateways."""
+    num_replicas: PositiveInt | None = 1
+    """Gateways; null for between 1 and max_replicas, by the requests that are open."""
+    max_replicas: PositiveInt = 4
+    """Gateways at most, where num_replicas is null."""
+    requests_per_replica: PositiveFloat = 20.0
+    """Open requests that one gateway is meant to have, where num_replicas is null."""
+    logs: LogConfig = LogConfig()
+    """How gateways and restorers log."""
     store_url: str = "sqlite:///out/serve/jobs.db"
     """Where job records are: an SQLAlchemy URL such as postgresql+psycopg://host/database."""
     storage_uri: str = "out/serve/files"
@@ -101,8 +107,8 @@ class GatewayConfig(StrictConfig):
     """A job, its input and its result are removed so long after it was accepted."""
     request_timeout_s: PositiveFloat = 600.0
     """Longest wait for a restored picture in /v1/upscale, queueing included; then 504, and the work ends."""
-    ready_timeout_s: PositiveFloat = 5.0
-    """Longest wait for a restorer's sign of life in /readyz and /v1/models."""
+    starts_from_zero: bool = False
+    """Whether a job starts a replica where there is none, and the service is ready without; set by the application."""
     events_poll_s: PositiveFloat = 0.5
     """Between looks at the jobs that event streams follow."""
     page: bool = True
@@ -117,8 +123,6 @@ class RestorerClient(Protocol):
     """What a gateway needs of restorers: one `Restorer`, or a deployment of them."""
 
     async def restore(self, lq: np.ndarray, request: UpscaleRequest) -> RestoredPicture: ...
-
-    async def describe(self) -> ModelInfo: ...
 
     def wake(self) -> None:
         """There is a new job: a replica may look at once. Returns without waiting."""
@@ -189,16 +193,26 @@ class Gateway:
         return SecretJson(secret=self._webhooks.secret_of(caller_of(request).key_id))
 
     async def models(self) -> ModelsJson:
-        """The models that are served."""
-        return ModelsJson(models=[asdict(await self._model())])
+        """The models that are served, by how many replicas, and what it took to start the last one of them."""
+        found: dict[str, dict[str, Any]] = {}
+        for replica in await self._replicas():
+            model = {name: replica.get(name) for name in ModelInfo.__dataclass_fields__}
+            num_replicas = found.get(str(model["version"]), {}).get("num_replicas", 0) + 1
+            found[str(model["version"])] = {**model, "num_replicas": num_replicas}
+        return ModelsJson(models=list(found.values()))
 
     async def healthz(self) -> HealthJson:
         """The gateway is alive, whatever the restorers do."""
         return HealthJson(status="ok")
 
     async def readyz(self) -> ReadyJson:
-        """A restorer with a loaded model answers."""
-        return ReadyJson(status="ready", model_version=(await self._model()).version)
+        """There is a restorer with a loaded model, or a job would start one (`asleep`)."""
+        replicas = await self._replicas()
+        if replicas:
+            return ReadyJson(status="ready", model_version=str(replicas[0]["version"]))
+        if self.cfg.starts_from_zero:
+            return ReadyJson(status="asleep", model_version=None)
+        raise Problem(503, "not-ready", "restorer: no replica serves a model yet", retry_after_s=_RETRY_AFTER_S)
 
     def backlog(self) -> Backlog:
         """What waits, for metrics."""
@@ -216,19 +230,17 @@ class Gateway:
         except (Busy, Unavailable) as error:
             raise Problem(503, "no-replica-free", str(error), retry_after_s=_RETRY_AFTER_S) from error
 
-    async def _model(self) -> ModelInfo:
-        try:
-            async with asyncio.timeout(self.cfg.ready_timeout_s):
-                return await self._restorer.describe()
-        except (TimeoutError, Busy, Unavailable) as error:
-            detail = f"restorer: no replica answers ({str(error) or 'too slow'})"
-            raise Problem(503, "not-ready", detail, retry_after_s=_RETRY_AFTER_S) from error
+    async def _replicas(self) -> list[dict[str, Any]]:
+        """What the restorers tell about themselves. Asking one of them would wake a service that sleeps."""
+        return await asyncio.to_thread(self._store.replicas)
 
 
-def build_api(gateway: Gateway, *, process: str = "local") -> FastAPI:
+def build_api(
+    gateway: Gateway, *, process: str = "local", replica_states: Callable[[], Mapping[str, int]] | None = None
+) -> FastAPI:
     """The ASGI application of a gateway, errors, page and documentation included; its housekeeping runs with it.
 
-    `process` is the name under which the metrics of this process are shared.
+    `process` is the name under which the metrics of this process are shared; `replica_states` tells of the restorers.
     """
 
     @asynccontextmanager
@@ -244,7 +256,7 @@ def build_api(gateway: Gateway, *, process: str = "local") -> FastAPI:
     add_docs(api)
     if gateway.cfg.page:
         add_page(api)
-    install_metrics(api, gateway.cfg.metrics, process=process, backlog=gateway.backlog)
+    install_metrics(api, gateway.cfg.metrics, process=process, backlog=gateway.backlog, replica_states=replica_states)
     origins = gateway.cfg.access.allowed_origins
     if origins:
         api.add_middleware(

@@ -79,11 +79,18 @@ class Housekeeper:
         return len(due)
 
     async def expire(self) -> int:
-        """Removes jobs that have expired, their files first, so that a kill in between leaves nothing unseen."""
+        """Fails jobs whose time is over, and removes those that have ended and expired; returns how many were removed.
+
+        Files go first, so that a kill in between leaves nothing unseen.
+        """
         if not await self._has_lease(self._cfg.expire_every_s):
             return 0
         num_removed = 0
-        while jobs := await asyncio.to_thread(self._store.expired, time.time(), _JOBS_AT_ONCE):
+        while num_overdue := await asyncio.to_thread(self._store.end_overdue, _JOBS_AT_ONCE):
+            logger.warning(
+                "housekeeping: %d jobs that no replica has worked off in their time have failed", num_overdue
+            )
+        while jobs := await asyncio.to_thread(self._store.expired, _JOBS_AT_ONCE):
             for job in jobs:
                 await asyncio.to_thread(self._storage.delete_all, f"jobs/{job.id}/")
                 await asyncio.to_thread(self._store.forget, job.id)

@@ -1,23 +1,24 @@
-"""Bytes <-> pictures: what people upload becomes uint8 RGB [H, W, 3], upright; results become PNG.
+"""Picture files in and out of the service: `faithdiff.picture_files` with the service's limits and problems.
 
-Limits are checked on the header, before a single pixel is decoded. Files are read by Pillow from memory alone.
+Limits are checked on the header, before a single pixel is decoded. Files are read from memory alone.
 """
 
 from __future__ import annotations
 
-from io import BytesIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, PositiveInt
 
+from faithdiff import picture_files
 from faithdiff.errors import InputError
-from faithdiff.image_modes import to_rgb
+from faithdiff.picture_files import PictureTooLarge, UnreadablePicture, UnsupportedPicture
 from serve.problems import Problem
 from sr_platform.config import StrictConfig
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
-_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+if TYPE_CHECKING:
+    from faithdiff.picture_files import Levels, OutputOptions, PictureFile
 
 
 class PictureLimits(StrictConfig):
@@ -33,31 +34,49 @@ class PictureLimits(StrictConfig):
     """Most pixels of a restored picture: input pixels x scale x scale."""
 
 
-def decode_picture(data: bytes, limits: PictureLimits) -> np.ndarray:
-    """The upright picture in `data` as uint8 RGB [H, W, 3]; of several frames the first.
+ACCEPTED = picture_files.PictureLimits(2**40, 2**40, 2**16)
+"""Of a picture that was checked when it was accepted; limits may have become smaller since."""
 
-    EXIF orientation is applied; transparent pixels are laid on white; 16 bits are reduced to 8.
+
+def read_picture(data: bytes, limits: picture_files.Limits) -> PictureFile:
+    """The upright picture in `data`, in sRGB; of several frames the first.
 
     Raises:
-        Problem: 415 no picture of `FORMATS`; 413 too many pixels; 422 damaged.
+        Problem: 415 no picture of a known format; 413 too many bytes or pixels; 422 damaged.
     """
-    picture = _open(data)
-    _check_size(picture, limits)
+    with _as_problems():
+        return picture_files.read_picture(data, limits)
+
+
+def read_size(data: bytes, limits: picture_files.Limits) -> tuple[int, int]:
+    """(width, height) px of the upright picture, from its header alone. Raises Problem as `read_picture`."""
+    with _as_problems():
+        return picture_files.read_size(data, limits)
+
+
+def write_picture(restored_rgb: Levels, source: PictureFile, scale: int, options: OutputOptions) -> tuple[bytes, str]:
+    """The restored picture as a file, and its media type. Raises Problem 422 when the format cannot hold it."""
     try:
-        picture.load()
-        return to_rgb(ImageOps.exif_transpose(picture))
-    except MemoryError:
-        raise
+        return picture_files.write_picture(restored_rgb, source, scale, options)
     except InputError as error:
-        raise Problem(415, "unsupported-picture", str(error)) from error
-    except Exception as error:
-        # Decoders raise anything at all on damaged or hostile files.
-        raise _unreadable(error) from error
+        raise Problem(422, "unfit-format", str(error)) from error
 
 
-def check_output(lq: np.ndarray, scale: int, limits: PictureLimits) -> None:
-    """Raises Problem 413 when `scale` would make more pixels than allowed."""
-    height, width = lq.shape[:2]
+def check_size(size_px: tuple[int, int], limits: PictureLimits) -> None:
+    """Raises Problem 413 when a picture of (width, height) px would not be let in."""
+    width, height = size_px
+    if max(width, height) > limits.max_side_px or width * height > limits.max_input_px:
+        raise Problem(
+            413,
+            "picture-too-large",
+            f"picture: {width}x{height} px; at most {limits.max_input_px:,} pixels with sides of at most "
+            f"{limits.max_side_px:,} are allowed: send a smaller picture",
+        )
+
+
+def check_output(size_px: tuple[int, int], scale: int, limits: PictureLimits) -> None:
+    """Raises Problem 413 when `scale` would make more pixels of (width, height) px than allowed."""
+    width, height = size_px
     if height * width * scale**2 > limits.max_output_px:
         largest = int((limits.max_output_px / (height * width)) ** 0.5)
         advice = f"take a scale of at most {largest}" if largest else "send a smaller picture"
@@ -69,41 +88,13 @@ def check_output(lq: np.ndarray, scale: int, limits: PictureLimits) -> None:
         )
 
 
-def encode_png(rgb: np.ndarray) -> bytes:
-    """uint8 RGB [H, W, 3] as a PNG file. The same array gives the same bytes."""
-    buffer = BytesIO()
-    # Level 3 is about three times as fast as the default and a few per cent larger.
-    Image.fromarray(rgb).save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue()
-
-
-def _open(data: bytes) -> Image.Image:
+@contextmanager
+def _as_problems() -> Iterator[None]:
     try:
-        return Image.open(BytesIO(data), formats=FORMATS)
-    except _BOMBS as error:
-        raise Problem(413, "picture-too-large", f"picture: {error}") from error
-    except UnidentifiedImageError as error:
-        raise Problem(
-            415,
-            "unsupported-picture",
-            f"picture: the upload of {len(data):,} bytes is not a picture this service reads; "
-            f"send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
-        ) from error
-    except Exception as error:
-        raise _unreadable(error) from error
-
-
-def _check_size(picture: Image.Image, limits: PictureLimits) -> None:
-    width, height = picture.size
-    if max(width, height) > limits.max_side_px or width * height > limits.max_input_px:
-        raise Problem(
-            413,
-            "picture-too-large",
-            f"picture: {width}x{height} px; at most {limits.max_input_px:,} pixels with sides of at most "
-            f"{limits.max_side_px:,} are allowed: send a smaller picture",
-        )
-
-
-def _unreadable(error: Exception) -> Problem:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return Problem(422, "unreadable-picture", f"picture: it is damaged or incomplete ({reason}); send a whole file")
+        yield
+    except PictureTooLarge as error:
+        raise Problem(413, "picture-too-large", str(error)) from error
+    except UnsupportedPicture as error:
+        raise Problem(415, "unsupported-picture", str(error)) from error
+    except UnreadablePicture as error:
+        raise Problem(422, "unreadable-picture", str(error)) from error

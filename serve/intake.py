@@ -18,7 +18,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from serve import images
 from serve.estimate import Estimate, Rates, Speed, estimate, speed_of
-from serve.form import RequestT, open_form
+from serve.form import RequestT, UpscaleRequest, open_form
 from serve.images import PictureLimits
 from serve.jobs import Backlog, JobStore
 from serve.measurements import count_upload
@@ -39,6 +39,8 @@ class IntakeConfig(StrictConfig):
     """Megapixels of results that may wait or be in work; more are refused with 503."""
     max_queued_megapixels_per_key: PositiveFloat = 1000.0
     """The same for the jobs of one key; more are refused with 429."""
+    has_captioner: bool = False
+    """Whether `auto_prompt` may be asked for; the application sets it."""
     max_pictures_at_once: PositiveInt = 2
     """Uploads that a gateway holds and checks in memory at the same time."""
     upload_timeout_s: PositiveFloat = 120.0
@@ -80,6 +82,7 @@ class Intake:
             request, fields, max_upload_bytes=self._limits.max_upload_bytes, timeout_s=self._cfg.upload_timeout_s
         )
         async with form as (file, wanted), self._room:
+            self._check_prompt(wanted)
             data = await file.read()
             count_upload(len(data))
             picture = await asyncio.to_thread(images.read_picture, data, self._limits)
@@ -96,6 +99,17 @@ class Intake:
             size_px = await asyncio.to_thread(images.read_size, await file.read(), self._limits)
             images.check_output(size_px, wanted.scale, self._limits)
             return size_px, wanted
+
+    def _check_prompt(self, wanted: UpscaleRequest) -> None:
+        """Raises Problem 422 when a captioner is asked for that is not there, or would not be heard."""
+        if not wanted.auto_prompt:
+            return
+        reason = "this service has no captioner; send a prompt, or leave both out"
+        if self._cfg.has_captioner:
+            reason = "prompt is given as well; leave one of them out"
+        if wanted.prompt or not self._cfg.has_captioner:
+            errors = [{"field": "auto_prompt", "detail": reason}]
+            raise Problem(422, "invalid-fields", f"auto_prompt: {reason}", errors=errors)
 
     async def estimate(self, size_px: tuple[int, int], wanted: RequestT) -> Estimate:
         """By what replicas report now."""

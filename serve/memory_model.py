@@ -84,8 +84,8 @@ class MemoryModel:
         self._lq_channels = int(pipeline.lq_encoder.out_channels)
         self._unet_width = int(pipeline.unet.config.block_out_channels[0])
 
-    def footprint(self, size_px: tuple[int, int], request: RestorationRequest) -> Footprint:
-        """Of a picture that comes as (height, width) px."""
+    def footprint(self, size_px: tuple[int, int], request: RestorationRequest, level_bytes: int = 1) -> Footprint:
+        """Of a picture that comes as (height, width) px, with one or two bytes a level."""
         height, width = (side * request.scale for side in size_px)
         padded = (math.ceil(height / _CELL_PX) * _CELL_PX, math.ceil(width / _CELL_PX) * _CELL_PX)
         pixels, cells = padded[0] * padded[1], padded[0] * padded[1] // _CELL_PX**2
@@ -102,7 +102,7 @@ class MemoryModel:
         return Footprint(
             held_device=resident + max(maps, _PICTURE_BYTES) * pixels,
             working_device=max(vae_working, self._pass_working(tile, request)),
-            held_host=(2 * 3) * pixels + 3 * size_px[0] * size_px[1],
+            held_host=level_bytes * (2 * 3 * pixels + 3 * size_px[0] * size_px[1]),
             working_host=_COLOR_FIX_BYTES[request.color_fix] * pixels,
             megapixels=height * width / 1e6,
             tile_megapixels=tile_cells * _CELL_PX**2 / 1e6,
@@ -170,13 +170,13 @@ def _scaled(size_px: tuple[int, int], factor: float) -> tuple[int, int]:
     return max(1, int(size_px[0] * factor)), max(1, int(size_px[1] * factor))
 
 
-def measured_room(device: torch.device, memory_bytes: int | None) -> Room:
-    """What is free now, less a tenth; or `memory_bytes`."""
+def measured_room(device: torch.device, memory_bytes: int | None, *, share: float = 1.0) -> Room:
+    """`share` of what is free now, less a tenth; or `memory_bytes`."""
     import psutil
     import torch
 
     on_cpu = device.type == "cpu"
     if memory_bytes is not None:
         return Room(memory_bytes, None if on_cpu else memory_bytes)
-    host = psutil.virtual_memory().available * 9 // 10
-    return Room(host, None) if on_cpu else Room(torch.cuda.mem_get_info(device)[0] * 9 // 10, host)
+    host = int(psutil.virtual_memory().available * 0.9 * share)
+    return Room(host, None) if on_cpu else Room(int(torch.cuda.mem_get_info(device)[0] * 0.9 * share), host)

@@ -164,10 +164,10 @@ class HealthJson(BaseModel):
 
 
 class ReadyJson(BaseModel):
-    """A model is loaded."""
+    """A model is loaded, or would be."""
 
-    status: str = Field(examples=["ready"])
-    model_version: str = Field(examples=["faithdiff-nano/3"])
+    status: str = Field(examples=["ready"], description="ready, or asleep: the first job starts a replica")
+    model_version: str | None = Field(examples=["faithdiff-nano/3"])
 
 
 class ModelsJson(BaseModel):

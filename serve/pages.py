@@ -8,6 +8,7 @@ import fastapi_offline
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 _UI = Path(__file__).parent / "ui"
 # Swagger UI's own files, which FastAPI would have browsers fetch from a content delivery network.
@@ -30,6 +31,15 @@ _DOCS = """<!doctype html>
 _START = "SwaggerUIBundle({url: 'openapi.json', dom_id: '#swagger-ui', deepLinking: true, docExpansion: 'list'});\n"
 
 
+class _PageFiles(StaticFiles):
+    """Files that browsers ask after every time: a page must never run with parts of the version before it."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
 def add_page(api: FastAPI) -> None:
     """The web page, whose files are read as they are."""
 
@@ -37,7 +47,7 @@ def add_page(api: FastAPI) -> None:
         return FileResponse(_UI / "index.html", headers={"Cache-Control": "no-cache"})
 
     api.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)(page)
-    api.mount("/ui", StaticFiles(directory=_UI))
+    api.mount("/ui", _PageFiles(directory=_UI))
 
 
 def add_docs(api: FastAPI) -> None:

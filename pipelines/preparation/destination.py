@@ -29,7 +29,7 @@ def begun(out: Storage, recipe: Mapping[str, Any], *, job: str = "prepare") -> d
     if before["recipe"] == now:
         return before
     raise ConfigError(
-        f"{job}: --out {out.uri} was made with other settings ({', '.join(_differences(before['recipe'], now))}); "
+        f"{job}: --out {out.uri} was made with other settings ({', '.join(differences(before['recipe'], now))}); "
         "old and new shards are never mixed; choose another --out"
     )
 
@@ -95,12 +95,12 @@ def _delete(out: Storage, *prefixes: str) -> None:
         out.delete_all(prefix)
 
 
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
     """Dotted names of the settings that differ."""
     if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
         return [] if before == now else [path]
     return [
         found
         for name in sorted({*before, *now})
-        for found in _differences(before.get(name), now.get(name), f"{path}.{name}" if path else str(name))
+        for found in differences(before.get(name), now.get(name), f"{path}.{name}" if path else str(name))
     ]

@@ -118,6 +118,16 @@ def _tally_of(job_id: str) -> Any:
 
 
 @contextmanager
+def reporting_to(tally: Any) -> Iterator[None]:
+    """Stages that are laid over a dataset inside the block report to `tally`, an actor of `Tally` or of a child."""
+    token = _tally.set(tally)
+    try:
+        yield
+    finally:
+        _tally.reset(token)
+
+
+@contextmanager
 def watched(expected: Mapping[str, int]) -> Iterator[Board]:
     """Draws the progress of the stages that are laid over a dataset inside the block: `expected` rows for each."""
     board = Board(_tally_of(ray.get_runtime_context().get_job_id()), expected)

@@ -58,11 +58,13 @@ def load_config(
     description: str = "",
     recipe: bool = True,
     commands: Sequence[str] = (),
+    prog: str = "",
 ) -> ConfigT:
     """The validated configuration of one job: `[recipe.yaml] --flag value ...`.
 
     A recipe is a path, or the bare name of one that ships with the project. With `recipe=False` the job takes none.
-    `commands` are what may stand in its place and is not loaded here; a typo in one is told.
+    `commands` are what may stand in its place and is not loaded here; a typo in one is told. `prog` is what --help says
+    one types, where that is no file in pipelines/.
 
     Raises:
         ConfigError: the recipe or a flag is wrong; every problem is named at once.
@@ -81,7 +83,7 @@ def load_config(
                 cls,
                 args=args,
                 default=_partial(cls, values),
-                prog=_usage(job, recipe=recipe),
+                prog=prog or _usage(job, recipe=recipe),
                 description=description,
                 config=(tyro.conf.AvoidSubcommands,),
             )

@@ -50,18 +50,11 @@ def resolve_model(uri: str, cache_path: Path | None = None) -> ModelSource:
         RequestError: not a model URI, the registry does not answer, it has no such model, alias or version, or the
             files of the version are gone.
     """
-    if not uri.startswith("models:"):
+    match = _match(uri)
+    if match is None:
         path = local_path(uri) or uri
         return ModelSource(path, "folder" if Path(path).is_dir() else uri, None)
-    match = _MODEL_URI.match(uri)
-    if match is None:
-        raise RequestError(f"model: got {uri!r}; a registered model is models:/name@alias or models:/name/3")
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        raise RequestError(
-            f"model: {uri} is looked up in the registry of MLFLOW_TRACKING_URI, which is not set; "
-            "set it to the tracking server, or to sqlite:////path/to/mlflow.db"
-        )
-    registry_uri = os.environ["MLFLOW_TRACKING_URI"]
+    registry_uri = _registry_of(uri)
     version = at_start(registry_uri, lambda client: _find_version(client, uri, **match.groupdict()))
     return ModelSource(
         path=str(_fetch(version, public_uri(registry_uri), cache_path or _CACHE_PATH)),
@@ -70,11 +63,40 @@ def resolve_model(uri: str, cache_path: Path | None = None) -> ModelSource:
     )
 
 
+def find_version(uri: str) -> str:
+    """What `resolve_model` would call the model's version now; asks the registry and fetches nothing. Raises as it."""
+    match = _match(uri)
+    if match is None:
+        path = local_path(uri) or uri
+        return "folder" if Path(path).is_dir() else uri
+    version = at_start(_registry_of(uri), lambda client: _find_version(client, uri, **match.groupdict()))
+    return f"{version.name}/{version.version}"
+
+
 def local_path(uri: str) -> str | None:
     """The path of a file:// URI or of a path; None of any other URI."""
     if uri.startswith("file:"):
         return unquote(urlparse(uri).path)
     return None if "://" in uri or uri.startswith("mlflow-artifacts:") else uri
+
+
+def _match(uri: str) -> re.Match[str] | None:
+    """The parts of a registered model's URI; None for a preset or a folder."""
+    if not uri.startswith("models:"):
+        return None
+    match = _MODEL_URI.match(uri)
+    if match is None:
+        raise RequestError(f"model: got {uri!r}; a registered model is models:/name@alias or models:/name/3")
+    return match
+
+
+def _registry_of(uri: str) -> str:
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        raise RequestError(
+            f"model: {uri} is looked up in the registry of MLFLOW_TRACKING_URI, which is not set; "
+            "set it to the tracking server, or to sqlite:////path/to/mlflow.db"
+        )
+    return os.environ["MLFLOW_TRACKING_URI"]
 
 
 def _find_version(client: Any, uri: str, *, name: str, alias: str | None, version: str | None) -> Any:

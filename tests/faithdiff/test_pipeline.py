@@ -142,3 +142,16 @@ def test_a_setting_out_of_range_is_refused_before_any_work(setting, message, nan
 def test_what_is_not_a_picture_is_refused(picture, nano):
     with pytest.raises(InputError, match="picture: got"):
         nano(picture)
+
+
+@pytest.mark.parametrize("color_fix", ["adain", "wavelet"])
+def test_sixteen_bits_go_through_and_are_those_of_eight_bits_refined(nano, photograph, color_fix):
+    eight = photograph(40, 48)
+    sixteen = eight.astype(np.uint16) * 257  # the same levels
+    coarse = nano(eight, scale=1, **QUICK, color_fix=color_fix)
+    fine = nano(sixteen, scale=1, **QUICK, color_fix=color_fix)
+    assert (coarse.array.dtype, fine.array.dtype) == (np.uint8, np.uint16)
+    assert len(np.unique(fine.array)) > 256
+    assert np.abs(np.asarray(fine.image).astype(int) - coarse.array.astype(int)).max() <= 1
+    enlarged = nano(sixteen, scale=2, **QUICK)
+    assert (enlarged.array.shape, enlarged.array.dtype) == ((80, 96, 3), np.uint16)

@@ -1,10 +1,11 @@
-"""The sweep of the paper's ablations, with a training that only writes what MLflow would hold of it."""
+"""The sweep of the paper's ablations: with a training that only writes what MLflow would hold of it, and for real."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+from faithdiff import FaithDiffPipeline
+from faithdiff.loss import PARTS
 from pipelines import ablate
 from pipelines.ablate import PAPER_ROWS, AblateConfig, PlannedRow
-from pipelines.train import TrainResult
+from pipelines.train import TrainResult, train
 from pipelines.training.comparison import Account, StageAccount, comparison_records, comparison_table, difference_curve
-from pipelines.training.recipe import TrainConfig
+from pipelines.training.recipe import ArchitectureConfig, Stage, TrainConfig
+from pipelines.training.start_model import load_model, trainable_module
 from sr_platform.checkpoint_writer import CheckpointWriter
 from sr_platform.config import load_config
 from sr_platform.errors import ConfigError
@@ -69,7 +73,7 @@ def request(data: str, out: Path, *flags: str) -> AblateConfig:
     return load_config(AblateConfig, given, job="ablate", recipe=False)
 
 
-def run(cfg: AblateConfig, training: FakeTraining) -> list[Account]:
+def run(cfg: AblateConfig, training: Callable[[TrainConfig], TrainResult]) -> list[Account]:
     rows = ablate.plan(cfg)
     with ablate.one_tracking_server(rows[0].train, cfg.out):
         return ablate.sweep(cfg, rows, training)
@@ -230,3 +234,70 @@ def test_without_the_reference_there_is_a_table_all_the_same() -> None:
     account = Account("b", "p", "r", stages=(stage("unified", {}),), extra={"seconds": 1.0})
     assert "| b | p | unified | alignment |  | 0 |  |  |  |  |" in comparison_table([account], "full")
     assert comparison_records([account], "full")[0]["seconds"] == 1.0
+
+
+@pytest.fixture
+def in_this_process(
+    local_ray: None, lone_process_group: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[TrainConfig], TrainResult]]:
+    """`in_this_process(cfg)`: the real training on small crops, whose one worker is this process, so it starts soon."""
+    from ray.train import ScalingConfig
+
+    alone = ScalingConfig(num_workers=0)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("ray.train.ScalingConfig", lambda **_: alone)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    small = {"size_px": 32, "global_batch": 2}
+
+    def run(cfg: TrainConfig) -> TrainResult:
+        validation = cfg.validation.model_copy(update={"num_pictures": 1, "num_inference_steps": 1})
+        return train(cfg.model_copy(update={**small, "num_workers": 1, "validation": validation}))
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def num_trained(cfg: TrainConfig, stage: Stage) -> int:
+    """Of a row's recipe, counted in the module that is trained."""
+    module = trainable_module(load_model("nano", cfg.architecture), cfg, stage)
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def parts_of(pipeline: FaithDiffPipeline) -> dict[str, dict[str, torch.Tensor]]:
+    """Part that can be trained -> name -> weights."""
+    parts: dict[str, dict[str, torch.Tensor]] = {"lq_encoder": dict(pipeline.lq_encoder.state_dict())}
+    for name, tensor in pipeline.unet.state_dict().items():
+        room = name.partition(".")[0]
+        parts.setdefault(room if room in ("alignment", "control") else "unet", {})[name] = tensor
+    return parts
+
+
+ODD_ROWS = ("no_alignment", "last_features", "encoder_tuned", "separate")
+"""Rows with another architecture, or a stage of their own."""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rows", [ODD_ROWS, pytest.param(tuple(PAPER_ROWS), marks=pytest.mark.soak)], ids=["odd rows", "all rows"]
+)
+def test_rows_really_train_what_they_say_and_nothing_else(
+    in_this_process: Callable[[TrainConfig], TrainResult], prepared_dataset: str, tmp_path: Path, rows: tuple[str, ...]
+) -> None:
+    """Two updates of each stage, the first at a learning rate of 0."""
+    accounts = run(request(prepared_dataset, tmp_path, "--max-updates", "2", "--rows", *rows), in_this_process)
+    assert {account.name: account.error for account in accounts} == dict.fromkeys(rows)
+    untrained = parts_of(load_model("nano", ArchitectureConfig(control=True)))
+    for account in accounts:
+        cfg = load_config(TrainConfig, [account.recipe, "--data", prepared_dataset], job="train")
+        assert [stage.stage for stage in account.stages] == list(cfg.stages)
+        for stage in account.stages:
+            assert list(stage.curve) == [2]
+            assert stage.trained_parameters == num_trained(cfg, stage.stage), (account.name, stage.stage)
+            assert stage.psnr_db is not None
+        trained = parts_of(FaithDiffPipeline.from_pretrained(tmp_path / account.name / "models" / cfg.stages[-1]))
+        fixed = set(PARTS) - {part for stage in cfg.stages for part in cfg.trained_parts(stage)}
+        for part in fixed & trained.keys():
+            same = [torch.equal(tensor, untrained[part][name]) for name, tensor in trained[part].items()]
+            assert all(same), (account.name, part)

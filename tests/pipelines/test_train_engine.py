@@ -27,7 +27,9 @@ from pipelines.training.deepspeed_config import (
     zero_stage,
 )
 from pipelines.training.recipe import StageConfig, TrainConfig
+from pipelines.training.stages import stage_params
 from sr_platform.errors import ConfigError
+from sr_platform.tracking import flatten
 
 NUM_UPDATES, GLOBAL_BATCH = 3, 8
 STAGES = {
@@ -173,9 +175,11 @@ def agree(results: list[dict[str, Any]], expected: dict[str, Any], *, weights: f
         assert distance(result["weights"], expected["weights"]) < weights
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_two_ranks_with_accumulation_make_the_update_of_a_plain_loop(two_ranks: Any, zero_stage: int) -> None:
     results = two_ranks(run_engine, "unified", {"zero_stage": zero_stage, "max_micro_batch": 2})
+    # Or the first update, whose gradients are compared, would say nothing about clipping.
+    assert plain("unified", 1)["norm"] > 1.2 * recipe().optimizer.max_grad_norm
     # AdamW divides gradients near zero by themselves: rounding alone can turn their sign.
     agree(results, plain("unified"), weights=1e-3)
 
@@ -273,6 +277,13 @@ def test_raw_settings_replace_generated_ones_mapping_by_mapping() -> None:
 def test_what_the_recipe_decides_is_no_raw_setting(raw: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         check_override(recipe(deepspeed=raw))
+
+
+def test_raw_settings_stand_among_the_parameters_of_the_stages_run() -> None:
+    raw = {"zero_optimization": {"overlap_comm": True}, "prescale_gradients": True}
+    params = flatten(stage_params(recipe(deepspeed=raw), "align"))
+    assert params["deepspeed.zero_optimization.overlap_comm"] is True
+    assert params["deepspeed.prescale_gradients"] is True
 
 
 def test_slots_without_a_sample_are_given_to_deepspeed_too() -> None:

@@ -34,6 +34,8 @@ def _load(name: str) -> None:
 
 
 _load("fake_worker")
+_load("postgres_server")
+_load("hammer")
 
 
 @pytest.fixture
@@ -104,6 +106,23 @@ def restorer() -> FakeRestorer:
 def store(tmp_path: Path) -> JobStore:
     """An empty job database in a file."""
     return JobStore(f"sqlite:///{tmp_path}/jobs.db")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A real PostgreSQL server on loopback, for the session; `new_database()` -> the URL of an empty database."""
+    from postgres_server import PostgresServer
+
+    with contextlib.closing(PostgresServer()) as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database: a file, and one of a PostgreSQL server."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/databases/jobs.db"
+    return str(request.getfixturevalue("postgres").new_database())
 
 
 @pytest.fixture

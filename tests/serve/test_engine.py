@@ -17,7 +17,7 @@ from faithdiff import FaithDiffPipeline
 from faithdiff.canvas_state import CanvasState
 from faithdiff.errors import Cancelled, InputError
 from faithdiff.request import RestorationRequest
-from serve.device import NotEnoughMemory
+from serve.guest import NotEnoughMemory
 from serve.engine import Busy, Engine, EngineConfig, Ticket, TooLarge
 
 STEPS = 3

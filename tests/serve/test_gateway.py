@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import BytesIO
 from typing import Any, get_args
 
@@ -65,6 +65,7 @@ async def test_every_field_reaches_the_restorer(connect: Any, restorer: Any, png
         "scale": 2, "prompt": "A cat, \u65e5\u672c.", "negative_prompt": "blur", "num_inference_steps": 7,
         "guidance_scale": 2.5, "seed": 2**63 - 1, "start_from": "noise", "color_fix": "wavelet",
         "output_format": "jpeg", "output_quality": 70, "keep_metadata": False,
+        "auto_prompt": False,
     }  # fmt: skip
     assert fields.keys() == UpscaleRequest.model_fields.keys()
     async with connect() as client:
@@ -84,7 +85,8 @@ async def test_without_fields_the_defaults_are_those_of_the_pipeline(connect: An
     assert settings == {name: getattr(pipeline, name) for name in settings}
     options = OutputOptions()
     assert restorer.requests[0].output_options() == options
-    assert UpscaleRequest.model_fields.keys() - settings.keys() == {"output_format", "output_quality", "keep_metadata"}
+    others = {"output_format", "output_quality", "keep_metadata", "auto_prompt"}
+    assert UpscaleRequest.model_fields.keys() - settings.keys() == others
 
 
 def test_the_form_allows_what_the_model_allows() -> None:
@@ -217,23 +219,45 @@ async def test_a_restoration_that_takes_too_long_is_stopped(connect: Any, restor
     assert restorer.num_cancelled == 1
 
 
-async def test_health_and_readiness_are_different_things(connect: Any, restorer: Any) -> None:
-    async with connect(GatewayConfig(ready_timeout_s=0.1)) as client:
-        assert (await client.get("/readyz")).json() == {"status": "ready", "model_version": "nano"}
-        restorer.delay_s = 30.0
-        assert (await client.get("/healthz")).json() == {"status": "ok"}
-        _problem(await client.get("/readyz"), 503)
-        restorer.delay_s, restorer.error = 0.0, Unavailable("restorer: none is left")
-        assert "none is left" in _problem(await client.get("/v1/models"), 503)["detail"]
-
-
-async def test_models_tells_version_lineage_and_cold_start(connect: Any) -> None:
+async def test_health_and_readiness_are_different_things(connect: Any, store: Any, restorer: Any) -> None:
     async with connect() as client:
-        (model,) = (await client.get("/v1/models")).json()["models"]
-    assert model == {
-        "model": "nano", "version": "nano", "manifest_digest": None, "device": "cpu", "dtype": "float32",
-        "fetch_s": 0.1, "load_s": 0.2,
+        assert (await client.get("/healthz")).json() == {"status": "ok"}
+        assert "no replica" in _problem(await client.get("/readyz"), 503)["detail"]
+        assert (await client.get("/v1/models")).json() == {"models": []}
+        store.report_replica("one", {"replica": "one", "version": "nano"})
+        assert (await client.get("/readyz")).json() == {"status": "ready", "model_version": "nano"}
+        store.withdraw_replica("one")
+        _problem(await client.get("/readyz"), 503)
+
+
+async def test_a_service_that_starts_from_zero_is_ready_while_it_sleeps(connect: Any) -> None:
+    async with connect(GatewayConfig(starts_from_zero=True)) as client:
+        assert (await client.get("/readyz")).json() == {"status": "asleep", "model_version": None}
+
+
+async def test_models_tells_versions_lineage_cold_start_and_replicas(connect: Any, store: Any, restorer: Any) -> None:
+    for name, version in (("a", "faithdiff/1"), ("b", "faithdiff/2"), ("c", "faithdiff/2")):
+        store.report_replica(name, {"replica": name, **asdict(restorer.info), "version": version, "entries": 3})
+    async with connect() as client:
+        models = (await client.get("/v1/models")).json()["models"]
+    assert models[1] == {
+        "model": "nano", "version": "faithdiff/2", "manifest_digest": None, "device": "cpu", "dtype": "float32",
+        "download_s": 0.1, "load_s": 0.2, "compile_s": 0.0, "num_replicas": 2,
     }  # fmt: skip
+    assert [model["num_replicas"] for model in models] == [1, 2]
+
+
+async def test_a_captioner_that_is_not_there_or_would_not_be_heard_is_no_field(connect: Any, png: bytes) -> None:
+    async with connect() as client:
+        answer = await client.post("/v1/upscale", files={"picture": png}, data={"auto_prompt": "true"})
+        assert "no captioner" in _problem(answer, 422)["detail"]
+    async with connect(GatewayConfig(intake=IntakeConfig(has_captioner=True))) as client:
+        fields = {"auto_prompt": "true", "prompt": "A cat."}
+        answer = await client.post("/v1/upscale", files={"picture": png}, data=fields)
+        assert "prompt is given as well" in _problem(answer, 422)["detail"]
+        assert (
+            await client.post("/v1/upscale", files={"picture": png}, data={"auto_prompt": "true"})
+        ).status_code == 200
 
 
 @pytest.mark.parametrize(("output_format", "media_type"), [
@@ -377,7 +401,7 @@ async def test_requests_are_logged_with_their_ids_and_nothing_is_forged(
 
 
 async def test_head_is_answered_where_get_is(connect: Any) -> None:
-    async with connect() as client:
+    async with connect(GatewayConfig(starts_from_zero=True)) as client:
         for path in ("/healthz", "/readyz"):
             answer = await client.head(path)
             assert (answer.status_code, answer.content) == (200, b"")

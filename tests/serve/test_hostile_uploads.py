@@ -178,6 +178,7 @@ def test_hostile_pictures_are_refused_and_nothing_falls_over(service: str) -> No
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1200)
 def test_thousands_of_hostile_pictures_leave_the_service_as_it_was(service: str) -> None:
     _upload_many(service, 300, seed=1)
     before = _memory_bytes()

@@ -15,10 +15,12 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import update
 
 from serve.estimate import Rates
 from serve.gateway import GatewayConfig
 from serve.housekeeping import Housekeeper, HousekeepingConfig, created_at
+from serve.job_tables import jobs
 from serve.jobs import JobStore, new_job_id
 from serve.webhooks import WebhookConfig, WebhookSender
 
@@ -130,19 +132,28 @@ async def test_two_gateways_tell_a_webhook_once(
 async def test_jobs_expire_with_their_files(connect: Any, store: Any, storage: Any, png: bytes) -> None:
     from fake_worker import FakeWorker
 
-    async with connect(GatewayConfig(job_ttl_s=0.2)) as client:
-        short = (await client.post("/v1/jobs", files={"picture": png})).json()
     async with connect() as client:
-        lasting = (await client.post("/v1/jobs", files={"picture": png})).json()
+        short, lasting = [(await client.post("/v1/jobs", files={"picture": png})).json() for _ in range(2)]
         FakeWorker(store, storage, step_s=0.0).work_off()
         assert len(storage.list("jobs/")) == 4
-        await asyncio.sleep(0.2)
+        with store._writing() as transaction:
+            transaction.execute(update(jobs).where(jobs.c.id == short["id"]).values(expires_at=time.time()))
         keeper, other = (_keeper(store, storage) for _ in range(2))
         assert await keeper.expire() == 1
         assert await other.expire() == 0, "one gateway has the lease"
         assert (await client.get(short["links"]["self"])).status_code == 404
         assert (await client.get(lasting["links"]["result"])).status_code == 200
     assert {name.split("/")[1] for name in storage.list("jobs/")} == {lasting["id"]}
+
+
+async def test_a_job_nobody_works_off_in_its_time_fails(connect: Any, store: Any, storage: Any, png: bytes) -> None:
+    async with connect(GatewayConfig(job_ttl_s=0.1)) as client:
+        job = (await client.post("/v1/jobs", files={"picture": png})).json()
+        await asyncio.sleep(0.1)
+        assert await _keeper(store, storage).expire() == 0
+        job = (await client.get(job["links"]["self"])).json()
+    assert (job["state"], job["problem"]["title"]) == ("failed", "Waited too long")
+    assert storage.list("jobs/") == [f"jobs/{job['id']}/input"]
 
 
 async def test_files_without_a_job_are_removed_when_they_are_old(

@@ -105,9 +105,7 @@ async def test_any_gateway_knows_the_jobs_of_every_other(serving: Any, working: 
     sent = {"Idempotency-Key": "one"}
     with serving() as first, serving() as second, working():
         async with httpx.AsyncClient(timeout=60) as client:
-            storm = [
-                client.post(f"{url}/v1/jobs", files={"picture": png}, headers=sent) for url in (first, second) * 6
-            ]
+            storm = [client.post(f"{url}/v1/jobs", files={"picture": png}, headers=sent) for url in (first, second) * 6]
             (job_id,) = {answer.json()["id"] for answer in await asyncio.gather(*storm)}
             for url in (first, second):
                 events = (await client.get(f"{url}/v1/jobs/{job_id}/events")).text

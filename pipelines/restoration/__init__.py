@@ -1,0 +1,1 @@
+"""The parts of `pipelines/restore.py`."""

@@ -1,0 +1,156 @@
+/** Pictures that were chosen and not sent yet: the tray, and what sending them would take. */
+
+import { element, find, icon, setText } from "./element.js";
+import { look } from "./picture_file.js";
+import { Unreachable } from "./problem.js";
+import { isAbort } from "./retry.js";
+import { bytesText, countText, durationText, megapixelsText, priceText, sizeText } from "./words.js";
+
+const SETTLED_MS = 250;
+
+/**
+ * @typedef {Object} Draft
+ * @property {File} file
+ * @property {import("./entry.js").Size | null} size null when only the service can tell
+ * @property {Blob | null} thumbnail
+ * @property {string} url of the picture, to show it
+ * @property {import("./estimates.js").Estimate | null} estimate
+ * @property {import("./problem.js").Problem | null} problem why the service would refuse it
+ */
+
+export class Drafts {
+  /**
+   * @param {import("./estimates.js").Estimates} estimates
+   * @param {import("./settings_form.js").SettingsForm} settings
+   * @param {(text: string) => void} announce
+   */
+  constructor(estimates, settings, announce) {
+    this._estimates = estimates;
+    this._settings = settings;
+    this._announce = announce;
+    /** @type {Draft[]} */
+    this._drafts = [];
+    this._timer = 0;
+    this._view = find("#drafts-view");
+    this._list = find(".drafts", this._view);
+    this._start = find("#start");
+    this._line = find("#estimate");
+    find(".clear", this._view).addEventListener("click", () => this.take());
+    settings.addEventListener("change", () => this._ask());
+    this._show();
+  }
+
+  /** @param {File[]} files @returns {Promise<void>} */
+  async add(files) {
+    const isKnown = (/** @type {File} */ file) => this._drafts.some((draft) => isSame(draft.file, file));
+    const fresh = files.filter((file) => !isKnown(file));
+    const drafts = fresh.map((file) => ({ file, size: null, thumbnail: null, url: URL.createObjectURL(file), estimate: null, problem: null }));
+    this._drafts.push(...drafts);
+    this._show();
+    await Promise.all(drafts.map(async (draft) => Object.assign(draft, await look(draft.file))));
+    this._announce(`${countText(this._drafts.length, "picture")} chosen`);
+    this._ask();
+  }
+
+  /** @returns {Draft[]} those the service would not refuse; the tray is empty after that */
+  take() {
+    const taken = this._sendable;
+    for (const { url } of this._drafts) URL.revokeObjectURL(url);
+    this._drafts = [];
+    this._show();
+    return taken;
+  }
+
+  /** @returns {Draft[]} */
+  get _sendable() {
+    return this._drafts.filter((draft) => !draft.problem);
+  }
+
+  /** @param {Draft} draft */
+  _remove(draft) {
+    URL.revokeObjectURL(draft.url);
+    this._drafts = this._drafts.filter((other) => other !== draft);
+    this._announce(`${draft.file.name} removed`);
+    this._show();
+    (/** @type {HTMLElement | null} */ (this._list.querySelector("button")) ?? find("#choose")).focus();
+    this._ask();
+  }
+
+  /** Asks once the person has stopped turning the settings. */
+  _ask() {
+    this._show();
+    clearTimeout(this._timer);
+    this._timer = setTimeout(() => this._asked(), SETTLED_MS);
+  }
+
+  async _asked() {
+    if (!this._drafts.length || !this._settings.isValid) return;
+    try {
+      await this._estimates.ask(this._drafts, this._settings.values);
+    } catch (error) {
+      // Pictures can be sent without an estimate.
+      if (isAbort(error)) return;
+      if (!(error instanceof Unreachable) && !(/** @type {any} */ (error).isPassing)) throw error;
+      for (const draft of this._drafts) draft.estimate = null;
+    }
+    this._show();
+    this._settings.showProblems(this._drafts.flatMap((draft) => draft.problem?.fields ?? []));
+  }
+
+  _show() {
+    const count = this._drafts.length;
+    find(".welcome", this._view).hidden = count > 0;
+    find(".tray", this._view).hidden = count === 0;
+    find(".tray-title", this._view).textContent = countText(count, "picture");
+    this._list.classList.toggle("is-single", count === 1);
+    this._list.replaceChildren(...this._drafts.map((draft) => this._card(draft)));
+    const sendable = this._sendable.length;
+    this._start.disabled = sendable === 0;
+    find("span", this._start).textContent = sendable > 1 ? `Restore ${sendable} pictures` : "Restore";
+    setText(this._line, this._sum());
+  }
+
+  /** @returns {string} */
+  _sum() {
+    if (!this._drafts.length) return "Choose a picture to see what it takes.";
+    const known = this._sendable.map((draft) => draft.estimate).filter((estimate) => estimate !== null);
+    if (!known.length) return "";
+    const sum = (/** @type {(estimate: import("./estimates.js").Estimate) => number} */ of) => known.reduce((total, estimate) => total + of(estimate), 0);
+    const wait = Math.max(...known.map((estimate) => estimate.wait_seconds));
+    const parts = [
+      megapixelsText(sum((estimate) => estimate.megapixels)),
+      roughly(sum((estimate) => estimate.device_seconds)),
+      priceText(sum((estimate) => estimate.price), known[0].currency),
+      wait >= 1 ? `after a wait of ${durationText(wait)}` : "",
+    ];
+    return parts.filter(Boolean).join(" \u00b7 ");
+  }
+
+  /** @param {Draft} draft @returns {HTMLLIElement} */
+  _card(draft) {
+    const { file, size, estimate, problem } = draft;
+    const facts = [size ? sizeText(size) : "", bytesText(file.size)].filter(Boolean).join(" \u00b7 ");
+    const after = estimate ? `becomes ${sizeText(estimate.output)}` : "";
+    const picture = size ? element("img", { src: draft.url, alt: "", draggable: false }) : element("span", { className: "no-picture" }, icon("image"));
+    const remove = element("button", { type: "button", className: "button icon remove", "aria-label": `Remove ${file.name}` }, icon("close"));
+    remove.addEventListener("click", () => this._remove(draft));
+    return element(
+      "li",
+      { className: problem ? "draft is-refused" : "draft" },
+      element("div", { className: "draft-picture" }, picture, remove),
+      element("p", { className: "draft-name", title: file.name }, file.name),
+      element("p", { className: "draft-facts" }, facts, after ? element("span", {}, after) : ""),
+      problem ? element("p", { className: "field-problem", role: "alert" }, element("strong", {}, problem.title), ` ${problem.text}`) : "",
+    );
+  }
+}
+
+/** @param {number} seconds @returns {string} */
+function roughly(seconds) {
+  return seconds < 1 ? durationText(seconds) : `about ${durationText(seconds)}`;
+}
+
+/** @param {File} a @param {File} b @returns {boolean} */
+function isSame(a, b) {
+  return a.name === b.name && a.size === b.size && a.lastModified === b.lastModified;
+}

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Programs that the tests run and PyPI does not have: a PostgreSQL server and Chromium with its driver.
+# Installs what is missing where it may (root, Debian or Ubuntu), and otherwise says what to install.
+set -euo pipefail
+
+missing=()
+command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing+=(postgresql)
+command -v chromium >/dev/null || missing+=(chromium)
+command -v chromedriver >/dev/null || missing+=(chromium-driver)
+[ ${#missing[@]} -eq 0 ] && exit 0
+
+if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+    echo "tests: ${missing[*]} missing; install them (on Debian: sudo apt-get install ${missing[*]}) and run again" >&2
+    exit 1
+fi
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Programs that the tests run and PyPI does not have: a PostgreSQL server and Chromium with its driver.
+# Programs that the tests run and PyPI does not have: a PostgreSQL server, Chromium with its driver, promtool; and
+# terraform and kubectl, which Debian does not have either.
 # Installs what is missing where it may (root, Debian or Ubuntu), and otherwise says what to install.
 set -euo pipefail
 
@@ -7,6 +8,11 @@ missing=()
 command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing+=(postgresql)
 command -v chromium >/dev/null || missing+=(chromium)
 command -v chromedriver >/dev/null || missing+=(chromium-driver)
+command -v promtool >/dev/null || missing+=(prometheus)
+for program in terraform kubectl; do
+    command -v "$program" >/dev/null ||
+        echo "tests: $program is missing; tests/infra needs it (infra/README.md says which version)" >&2
+done
 [ ${#missing[@]} -eq 0 ] && exit 0
 
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then

@@ -227,3 +227,10 @@ def overlays(tmp_path_factory: pytest.TempPathFactory, facts: dict[str, dict[str
 def rendered(overlays: dict[str, InfraCopy]) -> dict[str, str]:
     """What `kubectl apply -k` would send, of each environment."""
     return {environment: copy.kustomize(environment) for environment, copy in overlays.items()}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process for all tests of infra: they share a Terraform that is ready, and wait more than they work."""
+    for item in items:
+        if HERE_PATH in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("infra"))

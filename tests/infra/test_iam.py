@@ -156,7 +156,7 @@ def test_the_platforms_storage_finds_the_role_of_its_pod(
     tmp_path: Path,
 ) -> None:
     """No key anywhere: sr_platform.storage reads with what the agent hands out, and may write where the role may."""
-    from sr_platform.errors import StorageError
+    from sr_platform.errors import RequestError
     from sr_platform.storage import open_storage
 
     (tmp_path / "token").write_text("the-pods-token")
@@ -170,5 +170,5 @@ def test_the_platforms_storage_finds_the_role_of_its_pod(
         monkeypatch.setenv("HOME", str(tmp_path))
         assert open_storage(f"s3://{buckets['data']}").read_bytes("shards/0.tar") == b"x"
         open_storage(f"s3://{buckets['checkpoints']}").write_bytes_atomic("runs/2/model", b"y")
-        with pytest.raises(StorageError):
+        with pytest.raises(RequestError, match="Access Denied"):
             open_storage(f"s3://{buckets['data']}").write_bytes_atomic("shards/1.tar", b"y")

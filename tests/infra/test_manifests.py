@@ -364,3 +364,30 @@ def test_the_gateways_are_scraped_once_and_under_the_name_that_alerts_use(render
     [target] = job["static_configs"][0]["targets"]
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     assert target == f"{service['metadata']['name']}-serve-svc.ray.svc:{config['http_options']['port']}"
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_serve_takes_the_configuration(rendered: dict[str, str], environment: str) -> None:
+    """Ray's own schema, and ours for the arguments: a name that neither knows would stop the deployment."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from serve.app import ServeConfig
+    from sr_platform.config import validate
+
+    service = next(d for d in load_all(rendered[environment]) if d["kind"] == "RayService")
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    shipped = yaml.safe_load((REPOSITORY_PATH / "serve" / "app.yaml").read_text())
+    [application] = ServeDeploySchema.model_validate(config).applications
+    assert (application.import_path, application.name) == ("serve.app:build_app", "faithdiff")
+    assert config["http_options"].keys() == shipped["http_options"].keys()
+    cfg = validate(ServeConfig, config["applications"][0]["args"], where="serve")
+    assert cfg.gateway.access.mode == "keys"
+    assert cfg.gateway.storage_uri.startswith("s3://faithdiff-")
+    group = next(g for g in service["spec"]["rayClusterConfig"]["workerGroupSpecs"] if g["groupName"] == "gpu")
+    assert cfg.restorer.autoscaling.max_replicas == group["maxReplicas"]
+    assert cfg.restorer.num_cpus <= quantity_of(group["template"]["spec"], "cpu")
+    assert config["http_options"]["port"] in ports_of(group["template"]["spec"])
+
+
+def ports_of(pod: dict[str, Any]) -> list[int]:
+    return [port["containerPort"] for container in containers(pod) for port in container.get("ports", [])]

@@ -143,7 +143,7 @@ def test_the_platform_goes_up_twice_and_down_again(deployment: Deployment) -> No
     assert gone.index("RayService") < gone.index("NodePool") < gone.index("EC2NodeClass")
     terraform = (deployment.copy.path.parent / "outputs" / "log").read_text().splitlines()
     assert [line.split()[2] for line in terraform] == ["destroy"]
-    assert cluster.of_kind("RayCluster") == cluster.of_kind("NodePool") == cluster.of_kind("Service") == {}
+    assert cluster.of_kind("RayCluster") == cluster.of_kind("NodePool") == {}
 
 
 def test_down_wants_the_name_of_what_it_deletes(deployment: Deployment) -> None:

@@ -112,7 +112,7 @@ def test_wrong_values_stop_the_plan_with_what_to_set(
 def test_the_cost_table_is_what_the_variables_give(facts: dict[str, Any], environment: str) -> None:
     page = (REPOSITORY_PATH / "infra" / "README.md").read_text()
     costs = facts[environment]["costs"]
-    rows = dict(re.findall(rf"^\| {environment} \| ([\w ]+?) \| ([\d,]+) USD", page, flags=re.MULTILINE))
+    rows = dict(re.findall(rf"^\| {environment} \| ([\w, ]+?) \| ([\d,]+) USD", page, flags=re.MULTILINE))
     assert {name: int(usd.replace(",", "")) for name, usd in rows.items()} == {
         "always, a month": round(costs["monthly_idle_usd"]["total"]),
         "every pool full, an hour": round(costs["hourly_ceiling_usd"]["total"]),

@@ -59,7 +59,7 @@ class LocalConfig(StrictConfig):
     """How long each part may take to answer."""
 
 
-class Failed(RuntimeError):
+class Failed(RuntimeError):  # noqa: N818 - says what happened
     """A part did not start, or ended."""
 
 
@@ -284,7 +284,7 @@ def platform(cfg: LocalConfig) -> Iterator[Parts]:
     head_env = {name: value for name, value in env.items() if name != "RAY_ADDRESS"}
     parts = Parts(cfg.out, cfg.start_timeout_s)
     with ExitStack() as stack:
-        s3 = [BIN_PATH / "moto_server", "-H", "127.0.0.1", "-p", str(ports["s3"])]
+        s3: list[str | Path] = [BIN_PATH / "moto_server", "-H", "127.0.0.1", "-p", str(ports["s3"])]
         stack.enter_context(parts.part("s3", s3, env, f"{variables['AWS_ENDPOINT_URL']}/moto-api/"))
         make_buckets(variables)
         health = f"{variables['MLFLOW_TRACKING_URI']}/health"

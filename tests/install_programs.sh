@@ -4,6 +4,12 @@
 # Installs what is missing where it may (root, Debian or Ubuntu), and otherwise says what to install.
 set -euo pipefail
 
+# The scanner of tests/infra has dependencies that ours do not go with: it has an environment of its own.
+if [ -x .venv/bin/python ] && [ ! -x .venv/scan/bin/checkov ]; then
+    .venv/bin/python -m venv .venv/scan
+    .venv/scan/bin/python -m pip install --quiet --disable-pip-version-check --requirement infra/scanner.txt
+fi
+
 missing=()
 command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing+=(postgresql)
 command -v chromium >/dev/null || missing+=(chromium)

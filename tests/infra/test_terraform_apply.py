@@ -19,6 +19,7 @@ monthly_budget_usd = 2500
 alarm_emails       = ["ops@example.org", "ml@example.org"]
 api_allowed_cidrs  = ["203.0.113.0/24", "198.51.100.0/24"]
 retention_days     = { trials = 45 }
+gpu_limit          = 24
 node_groups = {
   reserved = { role = "train", instance_types = ["p5.48xlarge"], max_size = 1, efa_interfaces = 32, availability_zone = "us-west-2a" }
 }

@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/python pipelines/demo.py --out $(OUT)
 
 test: $(STAMP) programs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 soak: $(STAMP) programs
 	$(BIN)/python -m pytest -m soak -s

@@ -17,10 +17,9 @@ from serve.jobs import JobStore
 from serve.metrics import states_of_deployment
 from serve.replica import Replica, RestorerConfig
 from serve.restorer import RestoredPicture
-from serve.tracing import Trace, current, export_spans
+from serve.tracing import Trace, current
+from serve.visibility import make_visible
 from sr_platform import cluster  # noqa: F401 - before ray: it sets the variables that Ray reads at import
-from sr_platform.metrics import Shared
-from sr_platform.observability import LogConfig, configure_logging
 from sr_platform.storage import open_storage
 
 from ray import serve  # isort: skip
@@ -72,7 +71,7 @@ class ServedGateway(Gateway):
 
     def __init__(self, cfg: dict[str, Any], handle: DeploymentHandle) -> None:
         settings = GatewayConfig.model_validate(cfg)
-        self._process = _begin("gateway", settings.logs)
+        self._process = make_visible(settings.logs)
         store, storage = JobStore(settings.store_url), open_storage(settings.storage_uri)
         super().__init__(settings, RestorerHandle(handle), store, storage)
 
@@ -90,7 +89,7 @@ class ServedRestorer:
         self, model: str, cfg: dict[str, Any], gateway: dict[str, Any], captioner: DeploymentHandle | None
     ) -> None:
         settings, around = RestorerConfig.model_validate(cfg), GatewayConfig.model_validate(gateway)
-        name = _begin("restorer", around.logs)
+        name = make_visible(around.logs)
         store, storage = JobStore(around.store_url), open_storage(around.storage_uri)
         caption = None if captioner is None else captioning(captioner)
         # Loading takes its time, and Serve asks meanwhile whether this process is alive.
@@ -147,13 +146,3 @@ async def _result(response: Any) -> Any:
         raise error.cause from error
     except (RayActorError, TaskCancelledError, RayServeException) as error:
         raise Unavailable(f"{type(error).__name__}; the request may be sent again") from error
-
-
-def _begin(kind: str, logs: LogConfig) -> str:
-    """Logs, spans and metrics of this process begin; returns its name."""
-    context = serve.get_replica_context()
-    name = f"{kind}-{context.app_name}-{context.replica_id.unique_id}"
-    configure_logging(logs.level, form=logs.form, fields={"replica": name})
-    export_spans(kind)
-    Shared(name).start()
-    return name

@@ -38,6 +38,8 @@ class Speed:
     num_replicas: int
     tile_px: int
     tile_stride_fraction: float
+    max_megapixels: float = math.inf
+    """Of the largest result that one of them has the memory for."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def speed_of(replicas: Sequence[dict[str, Any]], rates: Rates) -> Speed:
         num_replicas=len(replicas),
         tile_px=first.get("tile_px") or rates.tile_px,
         tile_stride_fraction=first.get("tile_stride_fraction") or rates.tile_stride_fraction,
+        max_megapixels=max((replica.get("max_megapixels", math.inf) for replica in replicas), default=math.inf),
     )
 
 

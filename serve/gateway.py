@@ -104,7 +104,7 @@ class GatewayConfig(StrictConfig):
     housekeeping: HousekeepingConfig = HousekeepingConfig()
     """Deliveries and removals in the background."""
     job_ttl_s: PositiveFloat = 24 * 3600.0
-    """A job, its input and its result are removed so long after it was accepted."""
+    """A job is given up so long after it was accepted, and removed so long after it has ended."""
     request_timeout_s: PositiveFloat = 600.0
     """Longest wait for a restored picture in /v1/upscale, queueing included; then 504, and the work ends."""
     starts_from_zero: bool = False

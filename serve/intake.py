@@ -112,13 +112,22 @@ class Intake:
             raise Problem(422, "invalid-fields", f"auto_prompt: {reason}", errors=errors)
 
     async def estimate(self, size_px: tuple[int, int], wanted: RequestT) -> Estimate:
-        """By what replicas report now."""
-        return estimate(size_px, wanted, await self.speed(), self._rates)
+        """By what replicas report now. Raises Problem 413 for a result that none of them has the memory for."""
+        speed = await self.speed()
+        expected = estimate(size_px, wanted, speed, self._rates)
+        if expected.megapixels > speed.max_megapixels:
+            width, height = expected.size_px
+            detail = (
+                f"picture: a result of {width}x{height} px has {expected.megapixels:,.1f} megapixels; the replicas "
+                f"have memory for {speed.max_megapixels:,.1f}: send a smaller picture, or take a smaller scale"
+            )
+            raise Problem(413, "result-too-large", detail)
+        return expected
 
     async def speed(self) -> Speed:
         """What replicas have reported, at most a few seconds ago."""
         if self._speed is None or time.monotonic() > self._speed_until_s:
-            replicas = await asyncio.to_thread(self._store.replicas, time.time())
+            replicas = await asyncio.to_thread(self._store.replicas)
             self._speed, self._speed_until_s = speed_of(replicas, self._rates), time.monotonic() + _SPEED_LASTS_S
         return self._speed
 

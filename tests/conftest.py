@@ -54,6 +54,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden-report", metavar="FILE", help="write the errors against the golden tensors as a table")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes share the tests: all that start a Ray go to one of them and come first, others go file by file."""
+
+    def group(item: pytest.Item) -> str:
+        return "ray" if item.get_closest_marker("ray") else item.location[0]
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: group(item) != "ray")
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--golden-report")
     if path is None:

@@ -20,8 +20,9 @@ import pyarrow as pa
 import ray
 from PIL import Image
 
+from faithdiff.errors import InputError
 from faithdiff.image_modes import to_eight_bits
-from faithdiff.picture_files import read_picture, read_size, write_picture
+from faithdiff.picture_files import Limits, read_picture, read_size, write_picture
 from pipelines.restoration.model import Model, load_pipeline
 from pipelines.restoration.orders import Order, Plan
 from pipelines.restoration.reading import make_ingest, order_row, size_problem
@@ -65,6 +66,8 @@ def estimate_text(cfg: RestoreConfig, plan: Plan, model: Model) -> str:
     lines = _what(cfg, plan, look)
     if not look.sizes_px:
         return "\n".join([*lines, "seconds      0"])
+    if not cfg.endpoint and not example:
+        return "\n".join([*lines, "seconds      not measured: of the pictures looked at, none can be read whole"])
     cost = asked_cost(cfg, look) if cfg.endpoint else measured_cost(cfg, model, look, example)
     about = "" if look.share == 1 else "about "
     num_workers = cfg.service.max_in_flight if cfg.endpoint else min(cfg.workers.num_actors, len(plan.todo))
@@ -82,7 +85,7 @@ def estimate_text(cfg: RestoreConfig, plan: Plan, model: Model) -> str:
 
 
 def look_at(cfg: RestoreConfig, todo: Sequence[Order]) -> tuple[Look, bytes]:
-    """The sizes, and one picture's file to measure with."""
+    """The sizes, and one picture's file to measure with; empty where none can be read whole."""
     chosen = list(todo)
     if len(chosen) > MEASURED_PICTURES:
         drawn = sample_rng(cfg.seed, "dry run", "estimate").choice(len(chosen), MEASURED_PICTURES, replace=False)
@@ -101,7 +104,7 @@ def look_at(cfg: RestoreConfig, todo: Sequence[Order]) -> tuple[Look, bytes]:
                 problems[problem.partition(": ")[0]] += 1
             else:
                 sizes.append(size)
-                example = example or data
+                example = example or (data if _is_whole(data, limits) else b"")
     return Look(tuple(sizes), problems, len(todo) / max(1, len(chosen))), example
 
 
@@ -178,6 +181,15 @@ def _tiles(cfg: RestoreConfig, size_px: tuple[int, int], stride_fraction: float)
     width, height = (-(-side // CELL_PX) for side in size_px)
     plan = plan_tiles((height, width), request.tile_cells(), request.stride_cells(stride_fraction))
     return plan.num_tiles, plan.tile[0] * plan.tile[1] * CELL_PX**2
+
+
+def _is_whole(data: bytes, limits: Limits) -> bool:
+    """Whether its pixels can be read, which a header does not tell."""
+    try:
+        read_picture(data, limits)
+    except InputError:
+        return False
+    return True
 
 
 def _measure(cfg: RestoreConfig, model: Model, example: bytes) -> tuple[float, float, float, float, str]:

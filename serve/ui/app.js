@@ -166,11 +166,13 @@ class App {
     this._book.forget();
     this._openNew();
     this._uploads.tryNow();
+    this._drafts.ask();
     await this._read(() => this._book.load());
   }
 
   async _back() {
     this._uploads.tryNow();
+    this._drafts.ask();
     await this._read(() => this._book.load());
     this._show();
   }

@@ -2,7 +2,7 @@
 
 import { element, find, icon, setText } from "./element.js";
 import { look } from "./picture_file.js";
-import { Unreachable } from "./problem.js";
+import { Problem, Unreachable } from "./problem.js";
 import { isAbort } from "./retry.js";
 import { bytesText, countText, durationText, megapixelsText, priceText, sizeText } from "./words.js";
 
@@ -36,7 +36,7 @@ export class Drafts {
     this._start = find("#start");
     this._line = find("#estimate");
     find(".clear", this._view).addEventListener("click", () => this.take());
-    settings.addEventListener("change", () => this._ask());
+    settings.addEventListener("change", () => this.ask());
     this._show();
   }
 
@@ -49,7 +49,7 @@ export class Drafts {
     this._show();
     await Promise.all(drafts.map(async (draft) => Object.assign(draft, await look(draft.file))));
     this._announce(`${countText(this._drafts.length, "picture")} chosen`);
-    this._ask();
+    this.ask();
   }
 
   /** @returns {Draft[]} those the service would not refuse; the tray is empty after that */
@@ -73,11 +73,11 @@ export class Drafts {
     this._announce(`${draft.file.name} removed`);
     this._show();
     (/** @type {HTMLElement | null} */ (this._list.querySelector("button")) ?? find("#choose")).focus();
-    this._ask();
+    this.ask();
   }
 
   /** Asks once the person has stopped turning the settings. */
-  _ask() {
+  ask() {
     this._show();
     clearTimeout(this._timer);
     this._timer = setTimeout(() => this._asked(), SETTLED_MS);
@@ -90,7 +90,7 @@ export class Drafts {
     } catch (error) {
       // Pictures can be sent without an estimate.
       if (isAbort(error)) return;
-      if (!(error instanceof Unreachable) && !(/** @type {any} */ (error).isPassing)) throw error;
+      if (!(error instanceof Problem) && !(error instanceof Unreachable)) throw error;
       for (const draft of this._drafts) draft.estimate = null;
     }
     this._show();
@@ -140,7 +140,7 @@ export class Drafts {
       element("div", { className: "draft-picture" }, picture, remove),
       element("p", { className: "draft-name", title: file.name }, file.name),
       element("p", { className: "draft-facts" }, facts, after ? element("span", {}, after) : ""),
-      problem ? element("p", { className: "field-problem", role: "alert" }, element("strong", {}, problem.title), ` ${problem.text}`) : "",
+      problem ? element("p", { className: "field-problem", role: "alert" }, element("strong", {}, `${problem.title}.`), ` ${problem.text}`) : "",
     );
   }
 }

@@ -1,5 +1,7 @@
 /** What pictures will take and cost, asked before they are sent. Pictures of one size are asked about once. */
 
+import { Problem } from "./problem.js";
+
 const ASKED_AT_ONCE = 4;
 
 /** @typedef {Awaited<ReturnType<import("./api.js").Api["estimate"]>>} Estimate */
@@ -38,7 +40,8 @@ export class Estimates {
       const estimate = await this._api.estimate(settings, group[0].size, group[0].file, signal);
       for (const draft of group) Object.assign(draft, { estimate, problem: null });
     } catch (error) {
-      const isRefusal = (/** @type {any} */ (error).status ?? 0) >= 400 && !(/** @type {any} */ (error).isPassing);
+      // A missing key says nothing about the picture.
+      const isRefusal = error instanceof Problem && !error.isPassing && error.status !== 401;
       if (!isRefusal) throw error;
       for (const draft of group) Object.assign(draft, { estimate: null, problem: error });
     }

@@ -16,10 +16,17 @@ from typing import Any
 
 from sqlalchemy import update
 
-from serve.job_tables import jobs
+from serve.job_tables import jobs, leases
+from serve.job_tables import webhooks as webhooks_table
 from serve.jobs import JobStore, NewJob, Progress, ResultFile, new_job_id
 
 RESULT = ResultFile("jobs/x/result-1", "image/png", 10, "0" * 64, (128, 96))
+
+_TIMES = {
+    jobs: ("submitted_at", "expires_at", "lease_until", "reserved_until"),
+    leases: ("lease_until",),
+    webhooks_table: ("due_at",),
+}
 
 
 def new_job(**changes: Any) -> NewJob:
@@ -32,6 +39,13 @@ def new_job(**changes: Any) -> NewJob:
         "webhook_url": None, "trace_id": "a" * 32, "submitted_at": now_s, "expires_at": now_s + 3600,
     }  # fmt: skip
     return NewJob(**{**fields, **changes})
+
+
+def pass_time(store: JobStore, seconds: float) -> None:
+    """Everything in the database is so much older."""
+    with store._writing() as transaction:
+        for table, names in _TIMES.items():
+            transaction.execute(update(table).values({name: table.c[name] - seconds for name in names}))
 
 
 def submit(store: JobStore, num_keys: str) -> dict[str, bool]:

@@ -17,8 +17,8 @@ from faithdiff import FaithDiffPipeline
 from faithdiff.canvas_state import CanvasState
 from faithdiff.errors import Cancelled, InputError
 from faithdiff.request import RestorationRequest
-from serve.guest import NotEnoughMemory
 from serve.engine import Busy, Engine, EngineConfig, Ticket, TooLarge
+from serve.guest import NotEnoughMemory
 
 STEPS = 3
 

@@ -247,6 +247,20 @@ async def test_models_tells_versions_lineage_cold_start_and_replicas(connect: An
     assert [model["num_replicas"] for model in models] == [1, 2]
 
 
+async def test_a_result_that_no_replica_has_the_memory_for_is_refused_before_work_starts(
+    connect: Any, store: Any, png: bytes
+) -> None:
+    for name, most in (("small", 0.001), ("large", 0.02)):
+        store.report_replica(name, {"replica": name, "version": "nano", "max_megapixels": most})
+    async with connect() as client:
+        for path in ("/v1/upscale", "/v1/jobs", "/v1/estimate"):
+            fits = await client.post(path, files={"picture": png}, data={"scale": "5"})
+            assert fits.status_code < 300, fits.text
+            problem = _problem(await client.post(path, files={"picture": png}, data={"scale": "6"}), 413)
+            assert "192x144 px" in problem["detail"]
+    assert (await asyncio.to_thread(store.backlog)).num_queued == 1
+
+
 async def test_a_captioner_that_is_not_there_or_would_not_be_heard_is_no_field(connect: Any, png: bytes) -> None:
     async with connect() as client:
         answer = await client.post("/v1/upscale", files={"picture": png}, data={"auto_prompt": "true"})

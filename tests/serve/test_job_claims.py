@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
 import pytest
-from hammer import RESULT, Hammer, new_job
+from hammer import RESULT, Hammer, new_job, pass_time
 
 from serve.jobs import JobState, JobStore, Progress
 
@@ -19,7 +18,7 @@ def store(database_url: str) -> Iterator[JobStore]:
 
 
 def _claim(store: JobStore, owner: str = "r", **settings: Any) -> list[Any]:
-    return store.claim(owner, **{"lease_s": 60.0, "max_megapixels": 1e6, "max_jobs": 1, **settings})
+    return store.claim(owner, **{"lease_s": 1e6, "max_megapixels": 1e6, "max_jobs": 1, **settings})
 
 
 def _finish(store: JobStore, job: Any, owner: str = "r", attempt: int | None = None) -> bool:
@@ -35,8 +34,8 @@ def _state(store: JobStore, job: Any) -> JobState:
 
 def _lose(store: JobStore, owner: str = "dead") -> Any:
     """A job whose replica is not heard of any more."""
-    (job,) = _claim(store, owner, lease_s=0.02)
-    time.sleep(0.04)
+    (job,) = _claim(store, owner, lease_s=20)
+    pass_time(store, 40)
     return job
 
 
@@ -99,20 +98,20 @@ def test_a_job_without_a_sign_of_life_is_taken_over_and_the_late_attempt_is_not_
 
 def test_heartbeats_keep_a_job(store: JobStore) -> None:
     store.submit(new_job())
-    (job,) = _claim(store, lease_s=0.4)
+    (job,) = _claim(store, lease_s=400)
     for _ in range(6):
-        time.sleep(0.1)
-        assert store.heartbeat("r", [Progress(job.id, 1, "denoise", 1, 20, None, 0)], 0.4).lost == set()
+        pass_time(store, 100)
+        assert store.heartbeat("r", [Progress(job.id, 1, "denoise", 1, 20, None, 0)], 400).lost == set()
         assert _claim(store, "other") == []
-    time.sleep(0.5)
+    pass_time(store, 500)
     assert len(_claim(store, "other")) == 1
 
 
 def test_a_job_its_replica_has_not_heard_of_is_not_kept_by_its_signs_of_life(store: JobStore) -> None:
     store.submit(new_job())
-    (job,) = _claim(store, lease_s=0.05)  # the answer is lost on its way
+    (job,) = _claim(store, lease_s=50)  # the answer is lost on its way
     store.heartbeat("r", [], 60)
-    time.sleep(0.1)
+    pass_time(store, 100)
     assert [taken.id for taken in _claim(store, "other")] == [job.id]
 
 
@@ -169,10 +168,10 @@ def test_a_job_given_back_that_was_to_be_cancelled_ends(store: JobStore) -> None
 
 def test_a_job_that_was_to_be_cancelled_ends_with_its_lost_replica(store: JobStore) -> None:
     store.submit(new_job())
-    (job,) = _claim(store, "dead", lease_s=0.1)
+    (job,) = _claim(store, "dead", lease_s=100)
     store.request_cancel(job.id, None)
     assert _state(store, job) is JobState.RUNNING
-    time.sleep(0.15)
+    pass_time(store, 150)
     assert _claim(store) == []
     assert _state(store, job) is JobState.CANCELLED
 
@@ -214,7 +213,7 @@ def test_claims_keep_to_the_room_of_the_replica(store: JobStore) -> None:
 def test_a_large_job_blocks_nobody_until_it_has_waited_long_enough_and_then_one_replica_makes_room(
     database_url: str,
 ) -> None:
-    with closing(JobStore(database_url, patience_s=0.3)) as store:
+    with closing(JobStore(database_url, patience_s=300)) as store:
         small = [store.submit(new_job(megapixels=2.0))[0]]
         assert [job.id for job in _claim(store, "a", max_megapixels=10.0)] == [small[0].id]
         assert _claim(store, "b", max_megapixels=10.0) == []
@@ -223,7 +222,7 @@ def test_a_large_job_blocks_nobody_until_it_has_waited_long_enough_and_then_one_
         urgent, _ = store.submit(new_job(megapixels=2.0, priority=9))
         assert [job.id for job in _claim(store, "a", max_megapixels=8.0)] == [urgent.id]
         assert [job.id for job in _claim(store, "a", max_megapixels=6.0)] == [later[0]], "it is passed over"
-        time.sleep(0.35)
+        pass_time(store, 350)
         assert _claim(store, "a", max_megapixels=4.0) == [], "a keeps its room for it"
         assert [job.id for job in _claim(store, "b", max_megapixels=8.0)] == [later[1]], "b need not, too"
         assert [job.id for job in _claim(store, "tiny", max_megapixels=2.0)] == [later[2]], "it never fits there"
@@ -240,11 +239,11 @@ def test_room_kept_by_a_replica_that_is_gone_is_kept_by_another(database_url: st
             assert len(_claim(store, owner, max_megapixels=10.0)) == 1
         store.submit(new_job(megapixels=9.0, priority=1))
         waiting, _ = store.submit(new_job(megapixels=2.0, priority=0))
-        time.sleep(0.01)
-        assert _claim(store, "a", max_megapixels=8.0, lease_s=0.2) == []
+        pass_time(store, 10)
+        assert _claim(store, "a", max_megapixels=8.0, lease_s=200) == []
         assert [job.id for job in _claim(store, "b", max_megapixels=8.0)] == [waiting.id]
         store.submit(new_job(megapixels=2.0, priority=0))
-        time.sleep(0.25)
+        pass_time(store, 250)
         assert _claim(store, "b", max_megapixels=6.0) == []
 
 
@@ -254,7 +253,7 @@ def test_a_job_that_fits_nowhere_any_more_blocks_nobody(database_url: str) -> No
         (job,) = _claim(store, max_megapixels=10.0)
         store.submit(new_job(megapixels=9.0))
         small, _ = store.submit(new_job(megapixels=2.0))
-        time.sleep(0.01)
+        pass_time(store, 10)
         assert _claim(store, max_megapixels=6.0) == [], "room is kept for the large one"
         assert _finish(store, job)
         assert [job.id for job in _claim(store, max_megapixels=7.0)] == [small.id], "more room there is not"

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipelines.restoration.estimate import look_at
 from pipelines.restoration.model import Model, find_model
 from pipelines.restoration.orders import Order
 from pipelines.restoration.outcomes import Outcome
@@ -120,6 +121,17 @@ def test_pictures_beyond_the_limits_are_refused_before_they_are_decoded(cfg: Res
         (found,) = outcomes(RestoreActor(small, find_model("nano"), Ledger()), order(1), cfg=small)
         assert (found.state, found.reason) == ("failed", "too large")
         assert detail in found.detail
+
+
+def test_a_rate_is_measured_with_a_picture_that_can_be_read_whole(
+    cfg: RestoreConfig, picture_file: Callable[..., bytes]
+) -> None:
+    whole = (Path(cfg.input) / "1.png").read_bytes()
+    (Path(cfg.input) / "0.png").write_bytes(picture_file(200, 300)[:2000])
+    look, example = look_at(cfg, [order(0), order(1)])
+    assert look.sizes_px == ((300, 200), (24, 16))
+    assert example == whole
+    assert look_at(cfg, [order(0)])[1] == b""
 
 
 def test_captioners_see_small_pictures_whose_seed_is_their_content(cfg: RestoreConfig) -> None:

@@ -17,7 +17,7 @@ README = ROOT / "README.md"
 ROOMS = ("platform", "faithdiff", "pipelines", "serve", "infra", "benchmarks", "tests")
 PAGES = [README, *(ROOT / room / "README.md" for room in ROOMS)]
 # Programs that come from elsewhere; only what we say about our own files is checked.
-FOREIGN = {"curl", "git", "cd", "mlflow", "ray", "export", "open"}
+FOREIGN = {"curl", "git", "cd", "mlflow", "ray", "export", "open", "aws", "docker", "kubectl", "terraform"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -71,6 +71,8 @@ def test_every_command_exists_and_knows_its_flags(page, command):
         check_python(arguments)
     elif name == "serve":
         check_serve(arguments)
+    elif name.endswith(".sh"):
+        assert os.access(ROOT / name, os.X_OK), f"{page}: {name} is no script"
     else:
         assert name in FOREIGN, f"{page}: what is {name}?"
 

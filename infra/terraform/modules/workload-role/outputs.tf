@@ -1,0 +1,4 @@
+output "arn" {
+  description = "Role."
+  value       = aws_iam_role.this.arn
+}

@@ -79,6 +79,7 @@ class PaperCell:
     paper: float | None
     source: str
     method: str | None
+    our_metric: str | None
     ours: float | None
     num_scored: int
     num_missing: int
@@ -150,7 +151,8 @@ def _compare_block(
             ours, counts = _our_mean(table, method, metric, block)
             cell = printed.get((row, column))
             value, source = (cell.value, cell.source) if cell else (None, "")
-            cells.append(PaperCell(row, column, value, source, method, ours, *counts))
+            our_metric = metric.name if metric else None
+            cells.append(PaperCell(row, column, value, source, method, our_metric, ours, *counts))
     sources = {cell.source: numbers.sources[cell.source] for cell in block.numbers}
     title = f"Table {number}: {paper_table.title} ({' '.join(filter(None, [block.dataset, block.level]))})"
     notes = _notes(paper_table, sources, cells)

@@ -52,6 +52,10 @@ class ScoreTable:
         found = self.values.get((method, metric), {})
         return {picture: found.get(picture) for picture in self.pictures}
 
+    def scores_of(self, picture: str, method: str, metric: str) -> float | None:
+        """One score; None where it is missing."""
+        return self.values.get((method, metric), {}).get(picture)
+
     @cached_property
     def has_scores(self) -> frozenset[str]:
         """Metrics of which at least one score exists."""

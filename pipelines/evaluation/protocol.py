@@ -113,7 +113,7 @@ class WorkersConfig(StrictConfig):
 class EvaluateConfig(StrictConfig):
     """A protocol, what is evaluated under it, and where."""
 
-    name: str
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Of the protocol; the gate asks for evaluations under it."""
     table: str = ""
     """Table of the paper whose numbers are printed beside ours."""

@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipelines.evaluation.paper import PaperComparison, compare_with_paper
 from pipelines.evaluation.score_table import INPUT, OURS, REFERENCE, ScoreTable
+from pipelines.evaluation.scoring import NOT_APPLICABLE
 from pipelines.evaluation.statistics import compare, summarize
 from sr_platform.errors import InputDataError
 
@@ -73,7 +74,13 @@ def _with_interval(values: dict[str, Any]) -> dict[str, Any]:
 
 def _missing(table: ScoreTable) -> list[dict[str, Any]]:
     return [
-        {"metric": metric.name, "method": method, "reason": reason, "pictures": count}
+        {
+            "metric": metric.name,
+            "method": method,
+            "reason": reason,
+            "pictures": count,
+            "applies": reason not in NOT_APPLICABLE,
+        }
         for metric in table.metrics
         for method in table.methods
         for reason, count in sorted(table.missing(method, metric.name).items())

@@ -8,13 +8,17 @@ function flattened(value, name = "") {
     const entries = Object.entries(value).flatMap(([key, inner]) => flattened(inner, name ? `${name}.${key}` : key));
     return entries.length ? entries : [[name, "none"]];
   }
-  return [[name, typeof value === "string" ? value : JSON.stringify(value)]];
+  return [[name, typeof value === "string" ? value || "\u2013" : JSON.stringify(value)]];
 }
 
 function facts(title, value) {
   const pairs = flattened(value, typeof value === "object" && value !== null && !Array.isArray(value) ? "" : title);
   const rows = pairs.flatMap(([name, text]) => [el("dt", { textContent: name }), el("dd", { textContent: text })]);
-  return el("details", { open: true, className: "fact" }, el("summary", { textContent: title }), el("dl", {}, ...rows));
+  // A line for each of hundreds of pictures is there to be looked up, not to be read.
+  const isList = Array.isArray(value) && typeof value[0] === "object";
+  if (isList) rows.splice(0, rows.length, ...value.flatMap((item, index) => [
+    el("dt", { textContent: item.name || index + 1 }), el("dd", { textContent: flattened(item).map((pair) => pair.join(" ")).join(", ") })]));
+  return el("details", { open: !isList, className: isList ? "fact list" : "fact" }, el("summary", { textContent: title }), el("dl", {}, ...rows));
 }
 
 function startFacts() {
@@ -54,7 +58,7 @@ function startTheme() {
 function startPrinting() {
   byId("print").addEventListener("click", () => window.print());
   window.addEventListener("beforeprint", () => {
-    document.querySelectorAll("details").forEach((block) => { block.open = true; });
+    document.querySelectorAll("details:not(.list)").forEach((block) => { block.open = true; });
   });
 }
 

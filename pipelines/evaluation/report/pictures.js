@@ -74,7 +74,7 @@ function nameCell(picture) {
 
 function scoreCell(picture, method, metric) {
   const score = picture.scores[method][metric.name];
-  return el("td", { className: score === null ? "number gap" : "number", textContent: score === null ? "missing" : number(score) });
+  return scoreBox(score, method, metric);
 }
 
 function drawPictures(more = false) {

@@ -15,8 +15,24 @@ function reasonOf(method, metric) {
   return found.map((gap) => `${gap.pictures} of ${report.pictures.length}: ${gap.reason}`).join("\n");
 }
 
+// A score that cannot be: the reference against itself, seams of a method that knows no tiles.
+function cannotBe(method, metric) {
+  const found = report.missing.filter((gap) => gap.method === method && gap.metric === metric.name);
+  return found.length > 0 && found.every((gap) => !gap.applies);
+}
+
+// One picture's score as a cell.
+function scoreBox(score, method, metric) {
+  if (score !== null) return el("td", { className: "number", textContent: number(score) });
+  const isImpossible = cannotBe(method, metric);
+  return el("td", { className: isImpossible ? "number faint" : "number gap", textContent: isImpossible ? "\u2013" : "missing" });
+}
+
+// Input and reference are shown, but do not compete.
+const CONTESTANTS = report.methods.filter((method) => method !== "lq" && method !== "hq");
+
 function bestMean(metric) {
-  const means = report.methods.map((m) => report.means[m][metric.name].mean).filter((mean) => mean !== null);
+  const means = CONTESTANTS.map((m) => report.means[m][metric.name].mean).filter((mean) => mean !== null);
   return means.length < 2 ? null : means.reduce((a, b) => (advantage(metric, a, b) >= 0 ? a : b));
 }
 
@@ -28,10 +44,12 @@ function meanCell(method, metric) {
   const mean = report.means[method][metric.name];
   const cell = el("td", { className: "number", title: reasonOf(method, metric) });
   if (mean.mean === null) {
-    cell.append(el("span", { className: "gap", textContent: "missing" }));
+    cell.append(cannotBe(method, metric)
+      ? el("span", { className: "faint", textContent: "\u2013" })
+      : el("span", { className: "gap", textContent: "missing" }));
     return cell;
   }
-  if (mean.mean === bestMean(metric)) cell.classList.add("best");
+  if (CONTESTANTS.includes(method) && mean.mean === bestMean(metric)) cell.classList.add("best");
   const interval = mean.low === null ? "one picture: no interval" : `${number(mean.low)} \u2013 ${number(mean.high)}`;
   const count = el("small", { textContent: countText(mean.num_scored, mean.num_missing) });
   if (mean.num_missing) count.className = "gap";
@@ -43,7 +61,9 @@ function differenceCell(method, metric) {
   const difference = report.differences[method][metric.name];
   const cell = el("td", { className: "number" });
   if (difference.mean === null) {
-    cell.append(el("span", { className: "gap", textContent: "no pairs" }));
+    cell.append(cannotBe(method, metric)
+      ? el("span", { className: "faint", textContent: "\u2013" })
+      : el("span", { className: "gap", textContent: "no pairs" }));
     return cell;
   }
   const gain = metric.higher_is_better ? difference.mean : -difference.mean;
@@ -93,6 +113,7 @@ function gapsByReason() {
   const lines = [...byMetric.values()].map((gaps) => ({
     reason: gaps[0].reason,
     metric: gaps[0].metric,
+    applies: gaps[0].applies,
     methods: gaps.map((gap) => `${gap.method} (${gap.pictures} of ${report.pictures.length})`).join(", "),
   }));
   return [...Map.groupBy(lines, (line) => JSON.stringify([line.reason, line.methods])).values()]
@@ -100,11 +121,17 @@ function gapsByReason() {
 }
 
 function drawMissing() {
-  if (!report.missing.length) return;
-  const rows = gapsByReason().map((gap) => el("li", {},
-    el("b", { textContent: gap.metrics }), ` \u2013 ${gap.methods}: ${gap.reason}`));
-  byId("missing").append(el("details", { open: rows.length <= 6, className: "callout" },
-    el("summary", { textContent: "Missing scores" }), el("ul", {}, ...rows)));
+  const listed = (gaps) => el("ul", {}, ...gaps.map((gap) => el("li", {},
+    el("b", { textContent: gap.metrics }), ` \u2013 ${gap.methods}: ${gap.reason}`)));
+  const [missing, impossible] = [true, false].map((applies) => gapsByReason().filter((gap) => gap.applies === applies));
+  if (missing.length) {
+    byId("missing").append(el("details", { open: missing.length <= 6, className: "callout" },
+      el("summary", { textContent: "Missing scores" }), listed(missing)));
+  }
+  if (impossible.length) {
+    byId("missing").append(el("details", { className: "note" },
+      el("summary", { textContent: "Scores that do not apply" }), listed(impossible)));
+  }
 }
 
 function drawSummary() {

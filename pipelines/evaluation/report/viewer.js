@@ -186,7 +186,7 @@ function pictureScores(picture) {
   const heads = ["method", ...report.metrics.map(metricTitle)].map((title) => el("th", { scope: "col", textContent: title }));
   const rows = report.methods.map((method) => el("tr", {}, methodHeading(method), ...report.metrics.map((metric) => {
     const score = picture.scores[method][metric.name];
-    return el("td", { className: score === null ? "number gap" : "number", textContent: score === null ? "missing" : number(score) });
+    return scoreBox(score, method, metric);
   })));
   return el("table", {}, el("caption", { textContent: `Scores of ${picture.name}` }),
     el("thead", {}, el("tr", {}, ...heads)), el("tbody", {}, ...rows));

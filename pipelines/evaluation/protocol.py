@@ -125,8 +125,8 @@ class EvaluateConfig(StrictConfig):
     degradation_seed: pydantic.NonNegativeInt = 0
     """Each picture's own derives from it and the picture's name."""
     restoration: RestorationConfig = RestorationConfig()
-    metrics: tuple[MetricConfig, ...]
-    """What is measured, in the order of the report's columns."""
+    metrics: tuple[MetricConfig, ...] = ()
+    """What is measured, in the order of the report's columns; at least one, given in a recipe."""
     text: TextConfig = TextConfig()
     libraries: dict[str, str] = pydantic.Field(default_factory=dict)
     """Library -> the version that its metrics are meant by; with another one they are missing, and the report says so.
@@ -155,7 +155,7 @@ class EvaluateConfig(StrictConfig):
     def _fits_together(self) -> EvaluateConfig:
         self._check_data()
         if not self.metrics:
-            raise ValueError("metrics: is empty; name at least one")
+            raise ValueError("metrics: is empty; name at least one in a recipe, as the shipped protocol_*.yaml do")
         repeated = [name for name, count in Counter(metric.name for metric in self.metrics).items() if count > 1]
         if repeated:
             raise ValueError(f"metrics: {', '.join(repeated)} is there twice; a report has one column for each")

@@ -20,6 +20,7 @@ TIFF_COMPRESSIONS |= {32_773: "PackBits", 32_946: "deflate"}
 
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _TIFF_HEADERS = {b"II*\0": "<", b"MM\0*": ">"}
+_OTHER_TIFF_HEADERS = (b"II+\0", b"MM\0+", b"II\0*", b"MM*\0", b"II\0+", b"MM+\0")
 _COMPRESSION, _STRIPS, _TILE_WIDTH, _TILE_LENGTH, _TILES = 259, 273, 322, 323, 324
 
 
@@ -39,7 +40,7 @@ def check_structure(data: bytes) -> None:
         _check_png(data)
     elif data[:4] in _TIFF_HEADERS:
         _check_tiff(data)
-    elif data[:2] in (b"II", b"MM"):
+    elif data[:4] in _OTHER_TIFF_HEADERS:
         raise OtherKind("a TIFF for files above 4 GiB, or with a broken header; save it as a plain TIFF")
 
 

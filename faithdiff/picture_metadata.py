@@ -91,8 +91,8 @@ def _kept(exif: Image.Exif) -> bytes | None:
     kept[Base.Orientation] = 1
     block = kept.tobytes()
     if len(block) > MAX_EXIF_BYTES:
-        for tag in _BULKY:
-            kept.get_ifd(IFD.Exif).pop(tag, None)
+        for bulky in _BULKY:
+            kept.get_ifd(IFD.Exif).pop(bulky, None)
         block = kept.tobytes()
     return block.removeprefix(b"Exif\0\0")
 

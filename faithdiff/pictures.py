@@ -15,7 +15,6 @@ from faithdiff.errors import InputError
 from faithdiff.image_modes import to_eight_bits, to_rgb
 from faithdiff.tiling import CELL_PX
 
-
 Levels = npt.NDArray[Any]
 """uint8 or uint16."""
 

@@ -126,5 +126,5 @@ def test_an_alias_moves_after_the_tags_are_there(sqlite, folder) -> None:
     with pytest.raises(RequestError, match="models:/gated/3 is not in the registry"):
         give_alias("gated", "champion", 3, {"gate": "passed"})
     assert alias_version("gated", "champion") == 1
-    with pytest.raises(RequestError, match="nobody is not in the registry; it has .*gated"):
+    with pytest.raises(RequestError, match=r"nobody is not in the registry; it has .*gated"):
         alias_version("nobody", "champion")

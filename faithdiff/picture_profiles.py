@@ -24,6 +24,8 @@ Levels = npt.NDArray[Any]
 Space = Literal["RGB", "GRAY", "CMYK"]
 
 MAX_PROFILE_BYTES = 4 * 1024**2
+# Pillow, and so we, would refuse to read a PNG with a larger one.
+_MAX_KEPT_BYTES = 1024**2
 _MODES: dict[str, str] = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 _PIXEL_CLASSES = ("mntr", "scnr", "prtr", "spac")
 _BAND_PX = 1 << 20
@@ -113,10 +115,12 @@ def read_profile(data: bytes, space: Space) -> Profile:
         _transform(data, space, False)
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
         raise UnusableProfile("it cannot be converted from") from error
-    return Profile(data, space, space != "CMYK" and _has_way_back(data, space))
+    return Profile(data, space, len(data) <= _MAX_KEPT_BYTES and _has_way_back(data, space))
 
 
 def _has_way_back(data: bytes, space: Space) -> bool:
+    if space == "CMYK":
+        return False
     try:
         _transform(data, space, True)
     except (ImageCms.PyCMSError, OSError, ValueError):

@@ -146,7 +146,6 @@ def tiff_file() -> Callable[..., bytes]:
         photometric: int = 1,
         order: str = "<",
         tags: Mapping[int, tuple[int, tuple[int, ...]] | None] | None = None,
-        repeated: Mapping[int, tuple[int, tuple[int, ...]]] | None = None,
     ) -> bytes:
         channels = 1 if levels.ndim == 2 else levels.shape[2]
         pixels = levels.astype(levels.dtype.newbyteorder(order)).tobytes()
@@ -156,8 +155,7 @@ def tiff_file() -> Callable[..., bytes]:
             **{262: (3, (photometric,)), 273: (4, (8,)), 277: (3, (channels,)), 278: (4, (height,))},
             **{279: (4, (len(pixels),)), **(tags or {})},
         }
-        written = [(tag, entry) for tag, entry in entries.items() if entry is not None]
-        written = sorted([*written, *(repeated or {}).items()], key=lambda entry: entry[0])
+        written = sorted((tag, entry) for tag, entry in entries.items() if entry is not None)
         return _tiff(order, pixels + b"\0" * (len(pixels) % 2), written)
 
     return encode

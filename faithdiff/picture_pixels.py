@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageFile
 
 from faithdiff.picture_checks import OtherKind, tiff_tags
 from faithdiff.picture_metadata import orientation_of
@@ -24,6 +24,8 @@ Levels = npt.NDArray[Any]
 _WIDE_GREY = ("I;16", "I;16B", "I;16L", "I;16N")
 _OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 _PHOTOMETRIC, _PLANAR, _BITS = 262, 284, 258
+# Factors by which Pillow stretches the few levels of a grey PNG to 8 bits; it leaves the transparent one as it is.
+_STRETCHED = {"L;2": 85, "L;4": 17}
 # Steps that turn a picture of each EXIF orientation upright: whether rows and columns change places, then flips.
 _UPRIGHT = {
     1: (False, False, False),
@@ -52,8 +54,12 @@ class Pixels:
 
 def read_pixels(image: Image.Image, data: bytes) -> Pixels:
     """Decodes `image`, opened from `data`. Raises OtherKind for levels of other depths, and whatever decoders raise."""
-    wide = _wide_rawmode(image)
-    pixels = _read_narrow(image) if wide is None else _read_wide(image, data, wide)
+    tags = tiff_tags(data) if image.format == "TIFF" else {}
+    if tags.get(_PLANAR, (1, 1))[1] != 1 and tags.get(_BITS, (1, 8))[1] > 8:
+        raise OtherKind("a TIFF of 16 bits with its channels in separate planes; save it interleaved")
+    rawmode = _rawmode(image)
+    is_wide = image.mode in _WIDE_GREY or (";16" in rawmode and image.mode in ("RGB", "RGBA"))
+    pixels = _read_wide(image, data, rawmode, tags) if is_wide else _read_narrow(image, rawmode)
     orientation = 1 if image.format == "TIFF" else orientation_of(image, data)  # a TIFF is turned as it is loaded
     alpha = None if pixels.alpha is None else upright(pixels.alpha, orientation)
     return Pixels(upright(pixels.colours, orientation), alpha, pixels.space)
@@ -94,23 +100,23 @@ def _filled(image: Image.Image) -> Image.Image:
     return around
 
 
-def _wide_rawmode(image: Image.Image) -> str | None:
-    """How Pillow would unpack 16-bit pixels that it has to, None for others."""
-    if image.mode in _WIDE_GREY:
-        return image.mode
-    args = image.tile[0].args if getattr(image, "tile", None) else None
-    rawmode = args if isinstance(args, str) else args[0] if isinstance(args, tuple) and args else None
-    if isinstance(rawmode, str) and ";16" in rawmode and image.mode in ("RGB", "RGBA"):
-        return rawmode
-    return None
+def _rawmode(image: Image.Image) -> str:
+    """How Pillow is about to unpack the pixels, empty where it does not say."""
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
+        return ""
+    args = image.tile[0].args
+    first = args[0] if isinstance(args, tuple) and args else args
+    return first if isinstance(first, str) else ""
 
 
-def _read_narrow(image: Image.Image) -> Pixels:
+def _read_narrow(image: Image.Image, rawmode: str) -> Pixels:
     if image.mode in ("I", "F"):
         raise OtherKind(
             f"a picture of {'whole' if image.mode == 'I' else 'floating-point'} numbers of 32 bits; "
             "save it with 8 or 16 bits per channel"
         )
+    if rawmode in _STRETCHED and "transparency" in image.info:
+        image.info["transparency"] *= _STRETCHED[rawmode]
     image.load()
     if image.mode == "CMYK":
         return Pixels(np.asarray(image), None, "CMYK")
@@ -123,12 +129,9 @@ def _read_narrow(image: Image.Image) -> Pixels:
     return Pixels(np.asarray(image.convert("RGB")), None, "RGB")
 
 
-def _read_wide(image: Image.Image, data: bytes, rawmode: str) -> Pixels:
-    tags = tiff_tags(data) if image.format == "TIFF" else {}
+def _read_wide(image: Image.Image, data: bytes, rawmode: str, tags: dict[int, tuple[int, int]]) -> Pixels:
     if image.mode in _WIDE_GREY:
         return _wide_grey(image, tags)
-    if tags.get(_PLANAR, (1, 1))[1] != 1:
-        raise OtherKind("a TIFF of 16 bits with its channels in separate planes; save it interleaved")
     if rawmode == "LA;16B":
         # Four bytes a pixel, as 8-bit RGBA has them.
         raw = _unpacked(image, "RGBA").view(">u2").astype(np.uint16)
@@ -144,8 +147,10 @@ def _read_wide(image: Image.Image, data: bytes, rawmode: str) -> Pixels:
 
 
 def _unpacked(image: Image.Image, rawmode: str) -> npt.NDArray[np.uint8]:
+    assert isinstance(image, ImageFile.ImageFile), "an opened file"
     image.tile = [
-        tile._replace(args=rawmode if isinstance(tile.args, str) else (rawmode, *tile.args[1:])) for tile in image.tile
+        tile._replace(args=(rawmode, *tile.args[1:]) if isinstance(tile.args, tuple) else rawmode)
+        for tile in image.tile
     ]
     image.load()
     return np.asarray(image)
@@ -153,7 +158,7 @@ def _unpacked(image: Image.Image, rawmode: str) -> npt.NDArray[np.uint8]:
 
 def _wide_grey(image: Image.Image, tags: dict[int, tuple[int, int]]) -> Pixels:
     image.load()
-    levels = np.asarray(image).astype(np.uint16)
+    levels: Levels = np.asarray(image).astype(np.uint16)
     if tags.get(_BITS, (1, 16))[1] == 12:
         levels = levels << 4 | levels >> 8
     alpha = _alpha_of_key(levels[..., None], image.info.get("transparency"))

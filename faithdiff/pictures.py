@@ -15,7 +15,6 @@ from faithdiff.errors import InputError
 from faithdiff.image_modes import to_eight_bits, to_rgb
 from faithdiff.tiling import CELL_PX
 
-
 Levels = npt.NDArray[Any]
 """uint8 or uint16."""
 
@@ -47,7 +46,7 @@ def upscale_lq(lq_rgb: Levels, scale: int) -> Levels:
     if lq_rgb.dtype == np.uint8:
         return np.asarray(Image.fromarray(lq_rgb).resize(size, lanczos))
     # Pillow has no mode of three 16-bit channels.
-    planes = [Image.fromarray(lq_rgb[..., i].astype(np.float32)).resize(size, lanczos) for i in range(3)]
+    planes = [np.asarray(Image.fromarray(lq_rgb[..., i].astype(np.float32)).resize(size, lanczos)) for i in range(3)]
     return np.stack(planes, axis=-1).round().clip(0, max_level(lq_rgb)).astype(lq_rgb.dtype)
 
 

@@ -200,8 +200,8 @@ class FaithDiffPipeline:
     ) -> RestorationResult:
         """The restored picture of exactly `scale` x the input size, and a report.
 
-        `image` is a PIL image or uint8 or uint16 RGB [H, W, 3] of any size. `guidance_scale` <= 1 turns guidance off: the
-        prompt alone predicts. `start_from` "lq" starts from the noised input, "noise" from noise alone. Sizes in
+        `image` is a PIL image, or uint8 or uint16 RGB [H, W, 3], of any size. `guidance_scale` <= 1 turns guidance off:
+        the prompt alone predicts. `start_from` "lq" starts from the noised input, "noise" from noise alone. Sizes in
         pixels are one number or (height, width), multiples of 8; a picture longer than `vae_tile_px` passes the VAE
         in parts, with the same result. `callback(step, num_steps, preview)` follows every
         step; returning False cancels. `compat="released"` gives the released code's numbers. The last four replace

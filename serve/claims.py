@@ -66,7 +66,7 @@ class JobRunner:
 
     def start(self) -> None:
         """Begins to claim; call it in the event loop."""
-        self._loops = [asyncio.create_task(self._claims()), asyncio.create_task(self._heartbeats())]
+        self._loops = [asyncio.create_task(loop()) for loop in (self._claims, self._heartbeats, self._snapshots)]
 
     def wake(self) -> None:
         """There may be a new job."""
@@ -152,6 +152,11 @@ class JobRunner:
             if time.monotonic() - self._renewed_s > self._cfg.lease_s:
                 # Others have these jobs by now; what is computed here could not be published.
                 self._give_up(list(self._runs), "its lease could not be renewed")
+
+    async def _snapshots(self) -> None:
+        """Apart from the heartbeat, which must not wait for a storage that is slow."""
+        while True:
+            await asyncio.sleep(self._cfg.heartbeat_s)
             await self._guarded("storing latents", self._store_snapshots)
 
     async def _guarded(self, what: str, step: Callable[[], Awaitable[None]]) -> None:

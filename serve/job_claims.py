@@ -137,7 +137,7 @@ class JobClaims(Database):
 
     def _waited_long_enough(
         self, transaction: Connection, owner: str, room: float, capacity: float, now_s: float
-    ) -> Row[Any] | None:
+    ) -> Row[Any, Any, Any] | None:
         """The first job too large for `room` now, but not for the owner, and for which nobody else keeps room."""
         if capacity <= room:
             return None
@@ -176,7 +176,7 @@ def _free(now_s: float) -> ColumnElement[bool]:
     return or_(IS_WAITING, is_lost(now_s))
 
 
-def _before(row: Row[Any] | None) -> ColumnElement[bool]:
+def _before(row: Row[Any, Any, Any] | None) -> ColumnElement[bool]:
     """In the order of the queue; everything where there is no `row`."""
     if row is None:
         return jobs.c.id.is_not(None)

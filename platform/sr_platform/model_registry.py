@@ -1,6 +1,7 @@
 """A model by its URI -> a local folder: `models:/name@alias` and `models:/name/3` come from MLflow's registry.
 
     resolve_model("models:/faithdiff-nano@champion").path
+    give_alias("faithdiff-nano", "champion", 3, tags={"gate": "passed"})
 
 The registry is that of MLFLOW_TRACKING_URI. Versions in s3:// are fetched with the credentials of the environment,
 and those in a local folder are used where they lie.
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ def resolve_model(uri: str, cache_path: Path | None = None) -> ModelSource:
     if match is None:
         path = local_path(uri) or uri
         return ModelSource(path, "folder" if Path(path).is_dir() else uri, None)
-    registry_uri = _registry_of(uri)
+    registry_uri = _registry_uri(uri)
     version = at_start(registry_uri, lambda client: _find_version(client, uri, **match.groupdict()))
     return ModelSource(
         path=str(_fetch(version, public_uri(registry_uri), cache_path or _CACHE_PATH)),
@@ -69,8 +71,46 @@ def find_version(uri: str) -> str:
     if match is None:
         path = local_path(uri) or uri
         return "folder" if Path(path).is_dir() else uri
-    version = at_start(_registry_of(uri), lambda client: _find_version(client, uri, **match.groupdict()))
+    version = at_start(_registry_uri(uri), lambda client: _find_version(client, uri, **match.groupdict()))
     return f"{version.name}/{version.version}"
+
+
+def alias_version(name: str, alias: str) -> int | None:
+    """The version that an alias of a registered model names; None where it names none.
+
+    Raises:
+        RequestError: the registry does not answer, or has no such model.
+    """
+    aliases = at_start(_registry_uri(name), lambda client: _find_model(client, name)).aliases
+    return int(aliases[alias]) if alias in aliases else None
+
+
+def version_tags(name: str, version: int) -> dict[str, str]:
+    """The tags of a version. Raises RequestError where the registry does not answer, or has no such version."""
+    uri = f"models:/{name}/{version}"
+    found = at_start(_registry_uri(uri), lambda client: _find_version(client, uri, name, None, str(version)))
+    return dict(found.tags)
+
+
+def tag_version(name: str, version: int, tags: Mapping[str, str]) -> None:
+    """Sets tags of a version. Raises as `version_tags` does."""
+    version_tags(name, version)
+
+    def set_tags(client: Any) -> None:
+        for key, value in tags.items():
+            client.set_model_version_tag(name, str(version), key, value)
+
+    at_start(_registry_uri(name), set_tags)
+
+
+def give_alias(name: str, alias: str, version: int, tags: Mapping[str, str]) -> None:
+    """Tags a version and moves an alias to it, in this order: whoever finds the alias finds the tags.
+
+    Raises:
+        RequestError: as `version_tags`.
+    """
+    tag_version(name, version, tags)
+    at_start(_registry_uri(name), lambda client: client.set_registered_model_alias(name, alias, str(version)))
 
 
 def local_path(uri: str) -> str | None:
@@ -90,16 +130,29 @@ def _match(uri: str) -> re.Match[str] | None:
     return match
 
 
-def _registry_of(uri: str) -> str:
+def _registry_uri(wanted: str) -> str:
     if "MLFLOW_TRACKING_URI" not in os.environ:
         raise RequestError(
-            f"model: {uri} is looked up in the registry of MLFLOW_TRACKING_URI, which is not set; "
+            f"model: {wanted} is looked up in the registry of MLFLOW_TRACKING_URI, which is not set; "
             "set it to the tracking server, or to sqlite:////path/to/mlflow.db"
         )
     return os.environ["MLFLOW_TRACKING_URI"]
 
 
-def _find_version(client: Any, uri: str, *, name: str, alias: str | None, version: str | None) -> Any:
+def _find_model(client: Any, name: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if not is_missing(error):
+            raise
+        raise RequestError(
+            f"model: {name} is not in the registry; it has {_registered_names(client) or 'no models'}"
+        ) from error
+
+
+def _find_version(client: Any, uri: str, name: str, alias: str | None, version: str | None) -> Any:
     from mlflow.exceptions import MlflowException
 
     try:

@@ -7,7 +7,7 @@ import pytest
 
 from sr_platform import s3
 from sr_platform.errors import RequestError
-from sr_platform.model_registry import resolve_model
+from sr_platform.model_registry import alias_version, give_alias, resolve_model, tag_version, version_tags
 from sr_platform.storage import Storage, open_storage
 from sr_platform.tracking import Tracking
 
@@ -113,3 +113,18 @@ def test_a_wrong_model_uri_says_what_there_is(sqlite, folder, monkeypatch) -> No
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(RequestError, match="MLFLOW_TRACKING_URI, which is not set"):
         resolve_model("models:/three@candidate")
+
+
+def test_an_alias_moves_after_the_tags_are_there(sqlite, folder) -> None:
+    register(sqlite, str(folder), "gated")
+    register(sqlite, str(folder), "gated")
+    assert alias_version("gated", "champion") is None
+    give_alias("gated", "champion", 1, {"gate": "passed"})
+    tag_version("gated", 2, {"gate": "refused"})
+    assert alias_version("gated", "champion") == 1
+    assert (version_tags("gated", 1)["gate"], version_tags("gated", 2)["gate"]) == ("passed", "refused")
+    with pytest.raises(RequestError, match="models:/gated/3 is not in the registry"):
+        give_alias("gated", "champion", 3, {"gate": "passed"})
+    assert alias_version("gated", "champion") == 1
+    with pytest.raises(RequestError, match=r"nobody is not in the registry; it has .*gated"):
+        alias_version("nobody", "champion")

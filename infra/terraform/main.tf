@@ -63,7 +63,7 @@ module "addons" {
 
   name         = local.full_name
   cluster_name = module.cluster.name
-  depends_on   = [module.system_nodes] # their pods need nodes to become healthy
+  node_group   = module.system_nodes.name
 }
 
 module "karpenter" {

@@ -52,7 +52,7 @@ def test_an_unknown_environment_is_told_with_those_there_are(infra_copy: Any, na
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["trian"], "job: got 'trian'; give one of: ablate prepare train"),
+        (["trian"], "job: got 'trian'; give one of: ablate evaluate prepare train"),
         (
             ["train", "DATASETS=faces"],
             "setting: got 'DATASETS=faces'; give NAME=value with one of: JOB_NAME RECIPE DATASET",

@@ -34,4 +34,13 @@ resource "aws_eks_addon" "this" {
   resolve_conflicts_on_create = "OVERWRITE"
   resolve_conflicts_on_update = "OVERWRITE"
   depends_on                  = [aws_eks_pod_identity_association.volumes]
+
+  # Their pods need nodes to become healthy. depends_on for the whole module would defer its data sources whenever nodes
+  # change, and an upgrade would then replace the role's policy.
+  lifecycle {
+    precondition {
+      condition     = var.node_group != ""
+      error_message = "node_group: name the group whose nodes the add-ons' pods run on."
+    }
+  }
 }

@@ -7,3 +7,8 @@ variable "cluster_name" {
   description = "Cluster."
   type        = string
 }
+
+variable "node_group" {
+  description = "Node group that the add-ons' pods run on; the add-ons wait for it."
+  type        = string
+}

@@ -55,14 +55,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the tests: all that start a Ray go to one of them and come first, others go file by file."""
+    """Two processes share the tests: all that start a Ray go to one of them and come first, others go file by file.
 
-    def group(item: pytest.Item) -> str:
-        return "ray" if item.get_closest_marker("ray") else item.location[0]
+    A file that names its own group has its reasons.
+    """
 
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item) != "ray")
+        if item.get_closest_marker("xdist_group") is None:
+            group = "ray" if item.get_closest_marker("ray") else item.location[0]
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -76,9 +76,10 @@ class App {
     const id = ADDRESS.exec(location.hash)?.[1];
     let entry = id ? this._book.find(id) : undefined;
     if (id && !entry) await this._read(async () => { entry = await this._book.fetch(id); });
-    if (entry !== this._selected) scrollTo({ top: 0 });
+    const isOther = (entry ?? null) !== this._selected;
     this._selected = entry ?? null;
     this._show();
+    if (isOther) scrollTo({ top: 0 });
   }
 
   /** @param {Entry} entry */
@@ -93,8 +94,16 @@ class App {
   /** @param {Entry | null} entry */
   _changed(entry) {
     if (entry) this._announcer.follow(entry, entry === this._selected);
-    if (this._selected && !this._book.entries.includes(this._selected)) this._openNew();
+    if (this._selected && !this._book.entries.includes(this._selected)) this._replaced(this._selected);
     else if (entry === this._selected) this._show();
+  }
+
+  /** @param {Entry} entry that is gone: what stands for the same job now is shown instead */
+  _replaced(entry) {
+    const other = this._book.find(entry.address);
+    if (!other) return this._openNew();
+    this._selected = other;
+    return this._show();
   }
 
   _show() {

@@ -11,6 +11,7 @@ const SETTLED_MS = 250;
 /**
  * @typedef {Object} Draft
  * @property {File} file
+ * @property {boolean} isSeen whether the browser has looked at it
  * @property {import("./entry.js").Size | null} size null when only the service can tell
  * @property {Blob | null} thumbnail
  * @property {string} url of the picture, to show it
@@ -31,6 +32,7 @@ export class Drafts {
     /** @type {Draft[]} */
     this._drafts = [];
     this._timer = 0;
+    this._isAsking = false;
     this._view = find("#drafts-view");
     this._list = find(".drafts", this._view);
     this._start = find("#start");
@@ -44,10 +46,10 @@ export class Drafts {
   async add(files) {
     const isKnown = (/** @type {File} */ file) => this._drafts.some((draft) => isSame(draft.file, file));
     const fresh = files.filter((file) => !isKnown(file));
-    const drafts = fresh.map((file) => ({ file, size: null, thumbnail: null, url: URL.createObjectURL(file), estimate: null, problem: null }));
+    const drafts = fresh.map((file) => ({ file, isSeen: false, size: null, thumbnail: null, url: URL.createObjectURL(file), estimate: null, problem: null }));
     this._drafts.push(...drafts);
     this._show();
-    await Promise.all(drafts.map(async (draft) => Object.assign(draft, await look(draft.file))));
+    await Promise.all(drafts.map(async (draft) => Object.assign(draft, await look(draft.file), { isSeen: true })));
     this._announce(`${countText(this._drafts.length, "picture")} chosen`);
     this.ask();
   }
@@ -63,7 +65,7 @@ export class Drafts {
 
   /** @returns {Draft[]} */
   get _sendable() {
-    return this._drafts.filter((draft) => !draft.problem);
+    return this._drafts.filter((draft) => draft.isSeen && !draft.problem);
   }
 
   /** @param {Draft} draft */
@@ -78,6 +80,7 @@ export class Drafts {
 
   /** Asks once the person has stopped turning the settings. */
   ask() {
+    this._isAsking = this._drafts.length > 0;
     this._show();
     clearTimeout(this._timer);
     this._timer = setTimeout(() => this._asked(), SETTLED_MS);
@@ -86,13 +89,14 @@ export class Drafts {
   async _asked() {
     if (!this._drafts.length || !this._settings.isValid) return;
     try {
-      await this._estimates.ask(this._drafts, this._settings.values);
+      await this._estimates.ask(this._drafts.filter((draft) => draft.isSeen), this._settings.values);
     } catch (error) {
       // Pictures can be sent without an estimate.
       if (isAbort(error)) return;
       if (!(error instanceof Problem) && !(error instanceof Unreachable)) throw error;
       for (const draft of this._drafts) draft.estimate = null;
     }
+    this._isAsking = false;
     this._show();
     this._settings.showProblems(this._drafts.flatMap((draft) => draft.problem?.fields ?? []));
   }
@@ -114,7 +118,8 @@ export class Drafts {
   _sum() {
     if (!this._drafts.length) return "Choose a picture to see what it takes.";
     const known = this._sendable.map((draft) => draft.estimate).filter((estimate) => estimate !== null);
-    if (!known.length) return "";
+    if (this._drafts.every((draft) => draft.problem)) return "It cannot be restored as it is.";
+    if (!known.length) return this._isAsking ? "Working out what it takes" : "There is no estimate now.";
     const sum = (/** @type {(estimate: import("./estimates.js").Estimate) => number} */ of) => known.reduce((total, estimate) => total + of(estimate), 0);
     const wait = Math.max(...known.map((estimate) => estimate.wait_seconds));
     const parts = [

@@ -28,7 +28,15 @@ export class FilmStrip {
     const before = this._selected;
     this._selected = entry;
     for (const each of [before, entry]) if (each) this._changed(each);
-    if (entry && entry !== before) this._cards.get(entry)?.scrollIntoView({ block: "nearest", inline: "nearest" });
+    const card = entry && entry !== before ? this._cards.get(entry) : undefined;
+    if (card) this._reveal(card);
+  }
+
+  /** Moves the strip alone: scrollIntoView would move the page as well, away from the picture. @param {HTMLElement} card */
+  _reveal(card) {
+    const [inner, outer] = [card.getBoundingClientRect(), this._list.getBoundingClientRect()];
+    if (inner.left < outer.left) this._list.scrollLeft += inner.left - outer.left;
+    else if (inner.right > outer.right) this._list.scrollLeft += inner.right - outer.right;
   }
 
   /** @param {string} text in place of the list's own note */

@@ -30,9 +30,10 @@ export class JobBook extends EventTarget {
     const unsent = [];
     for (const original of await this._originals.all()) {
       if (original.jobId) this._kept.set(original.jobId, original);
-      else unsent.push(new Entry(original.id, { ...original, original: original.blob }));
+      // The browser's database may be slower than a person who sends the first picture.
+      else if (!this.find(original.id)) unsent.push(new Entry(original.id, { ...original, original: original.blob }));
     }
-    this.entries = [...unsent];
+    this.entries.push(...unsent);
     this._changed(null);
     return unsent;
   }

@@ -200,10 +200,15 @@ def test_a_picture_that_two_replicas_share_is_the_same(service: httpx.Client, pi
     time.sleep(2.5)  # replicas share what they have counted every two seconds
     before, picture = tiles(), _picture(96, 96)
     fields = {**FIELDS, "num_inference_steps": "12"}
-    assert np.array_equal(_result(service, _submit(service, picture, fields)), _direct(pipeline, picture, fields))
-    time.sleep(2.5)
-    worked = {name: tiles()[name] - before.get(name, 0.0) for name in tiles()}
-    assert sum(count > 0 for count in worked.values()) == 2, worked
+    expected = _direct(pipeline, picture, fields)
+    # On a busy machine a picture may be done before the other replica has encoded it, too.
+    for _ in range(5):
+        assert np.array_equal(_result(service, _submit(service, picture, fields)), expected)
+        time.sleep(2.5)
+        worked = {name: count - before.get(name, 0.0) for name, count in tiles().items()}
+        if sum(count > 0 for count in worked.values()) == 2:
+            return
+    raise AssertionError(f"one replica did it all: {worked}")
 
 
 def test_events_tell_of_progress_and_end(service: httpx.Client) -> None:

@@ -111,9 +111,11 @@ def test_peers_that_cannot_join_are_done_without(replicas: Replicas, undisturbed
 def test_a_shared_picture_that_is_cancelled_leaves_nothing_behind(replicas: Replicas) -> None:
     endless = WANTED.model_copy(update={"num_inference_steps": 200})
     ticket = replicas.models[0].submit(LQ, endless, name="endless", peers=replicas.peers[1:3])
-    _await(lambda: replicas.peers[2].num_tiles > 0)
-    assert ticket.shared_with() == ["peer 1", "peer 2"]
-    ticket.cancel()
+    try:
+        _await(lambda: sorted(ticket.shared_with()) == ["peer 1", "peer 2"])
+        _await(lambda: replicas.peers[1].num_tiles > 0 and replicas.peers[2].num_tiles > 0)
+    finally:
+        ticket.cancel()
     _await(lambda: all(model.engine.load().entries == 0 for model in replicas.models))
 
 

@@ -31,6 +31,8 @@ export class Drafts {
     this._announce = announce;
     /** @type {Draft[]} */
     this._drafts = [];
+    /** @type {WeakMap<Draft, HTMLElement>} made once each: a new card would take the focus off its button */
+    this._cards = new WeakMap();
     this._timer = 0;
     this._isAsking = false;
     this._view = find("#drafts-view");
@@ -107,11 +109,18 @@ export class Drafts {
     find(".tray", this._view).hidden = count === 0;
     find(".tray-title", this._view).textContent = countText(count, "picture");
     this._list.classList.toggle("is-single", count === 1);
-    this._list.replaceChildren(...this._drafts.map((draft) => this._card(draft)));
+    this._showCards();
     const sendable = this._sendable.length;
     this._start.disabled = sendable === 0;
     find("span", this._start).textContent = sendable > 1 ? `Restore ${sendable} pictures` : "Restore";
     setText(this._line, this._sum());
+  }
+
+  _showCards() {
+    const cards = this._drafts.map((draft) => this._cards.get(draft) ?? this._card(draft));
+    this._drafts.forEach((draft, index) => this._update(draft, cards[index]));
+    for (const card of Array.from(this._list.children)) if (!cards.includes(/** @type {HTMLElement} */ (card))) card.remove();
+    this._list.append(...cards.filter((card) => !card.isConnected));
   }
 
   /** @returns {string} */
@@ -131,22 +140,31 @@ export class Drafts {
     return parts.filter(Boolean).join(" \u00b7 ");
   }
 
-  /** @param {Draft} draft @returns {HTMLLIElement} */
+  /** @param {Draft} draft @returns {HTMLElement} */
   _card(draft) {
-    const { file, size, estimate, problem } = draft;
-    const facts = [size ? sizeText(size) : "", bytesText(file.size)].filter(Boolean).join(" \u00b7 ");
-    const after = estimate ? `becomes ${sizeText(estimate.output)}` : "";
-    const picture = size ? element("img", { src: draft.url, alt: "", draggable: false }) : element("span", { className: "no-picture" }, icon("image"));
+    const { file, url } = draft;
+    const picture = element("img", { src: url, alt: "", draggable: false, hidden: true });
     const remove = element("button", { type: "button", className: "button icon remove", "aria-label": `Remove ${file.name}` }, icon("close"));
     remove.addEventListener("click", () => this._remove(draft));
-    return element(
+    const card = element(
       "li",
-      { className: problem ? "draft is-refused" : "draft" },
-      element("div", { className: "draft-picture" }, picture, remove),
+      { className: "draft" },
+      element("div", { className: "draft-picture" }, icon("image"), picture, remove),
       element("p", { className: "draft-name", title: file.name }, file.name),
-      element("p", { className: "draft-facts" }, facts, after ? element("span", {}, after) : ""),
-      problem ? element("p", { className: "field-problem", role: "alert" }, element("strong", {}, `${problem.title}.`), ` ${problem.text}`) : "",
+      element("p", { className: "draft-facts" }, element("span", { className: "now" }), element("span", { className: "then" })),
+      element("p", { className: "field-problem", role: "alert", hidden: true }),
     );
+    this._cards.set(draft, card);
+    return card;
+  }
+
+  /** @param {Draft} draft @param {HTMLElement} card */
+  _update({ file, size, estimate, problem }, card) {
+    find("img", card).hidden = !size;
+    card.classList.toggle("is-refused", problem !== null);
+    setText(find(".now", card), [size ? sizeText(size) : "", bytesText(file.size)].filter(Boolean).join(" \u00b7 "));
+    setText(find(".then", card), estimate ? `becomes ${sizeText(estimate.output)}` : "");
+    setText(find(".field-problem", card), problem ? `${problem.title}. ${problem.text}` : "");
   }
 }
 

@@ -92,7 +92,11 @@ class Page:
     def look(self, size: tuple[int, int], scheme: str = "light") -> None:
         """As on a screen of `size` CSS pixels, with the colours a system asks for."""
         screen = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        # Without transitions, of which a screenshot would show the middle.
+        features = [
+            {"name": "prefers-color-scheme", "value": scheme},
+            {"name": "prefers-reduced-motion", "value": "reduce"},
+        ]
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
@@ -349,6 +353,11 @@ def test_several_pictures_are_dropped_and_pasted_and_what_is_no_picture_is_named
         page.says("#start", "Restore 2 pictures")
         page.find("[aria-label='Remove one.png']").click()
         page.says(".tray-title", "1 picture")
+        kept = page.find("[aria-label='Remove two.png']")
+        assert page.driver.switch_to.active_element == kept, "the focus goes to the next"
+        page.find("[name=scale][value='3'] + span").click()
+        page.says(".draft-facts", "becomes 288 \u00d7 192 px")
+        assert page.find("[aria-label='Remove two.png']") == kept, "cards are not made anew"
         page.give("drop", ("three.png", "image/png", data), ("four.png", "image/png", data))
         page.says(".tray-title", "3 pictures")
         page.screenshot("desktop-light-several")

@@ -193,7 +193,7 @@ def test_a_picture_that_two_replicas_share_is_the_same(service: httpx.Client, pi
     def tiles() -> dict[str, float]:
         lines = [line for line in service.get("/metrics").text.splitlines() if line.startswith("faithdiff_batch_tiles")]
         return {
-            line.split("replica=")[1].split('"')[1]: float(line.split()[-1]) for line in lines if "restorer" in line
+            line.split("replica=")[1].split('"')[1]: float(line.split()[-1]) for line in lines if "Restorer" in line
         }
 
     _await_replicas(service, 2)

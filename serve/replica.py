@@ -94,13 +94,11 @@ class Replica:
             self._mailbox.close()
         await asyncio.to_thread(self._restorer.close)
 
-    async def restore(
-        self, lq: np.ndarray, request: UpscaleRequest, traceparent: Trace | None = None
-    ) -> RestoredPicture:
+    async def restore(self, lq: np.ndarray, request: UpscaleRequest, trace: Trace | None = None) -> RestoredPicture:
         """As `Restorer.restore`, with a prompt by the captioner where one is wanted."""
         if request.auto_prompt and self._caption is not None:
             request = request.model_copy(update={"prompt": await self._caption(lq)})
-        return await self._restorer.restore(lq, request, traceparent)
+        return await self._restorer.restore(lq, request, trace)
 
     async def wake(self) -> None:
         """There is a new job."""

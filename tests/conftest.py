@@ -159,6 +159,35 @@ def local_ray() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def make_cluster() -> Iterator[Callable[..., Any]]:
+    """`make_cluster(num_nodes, num_cpus, **head)`: a head without CPUs and nodes that can be killed or drained."""
+    from ray.cluster_utils import Cluster
+
+    made = []
+
+    def make(num_nodes: int, num_cpus: int = 1, **system_config: Any) -> Any:
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": system_config})
+        made.append(cluster)
+        for _ in range(num_nodes):
+            cluster.add_node(num_cpus=num_cpus)
+        return cluster
+
+    yield make
+    for cluster in made:
+        shut_down(cluster)
+
+
+def shut_down(cluster: Any) -> None:
+    """Ends the cluster and nothing else: Ray forgets the store of whatever this process is connected to, too."""
+    import ray
+    from ray.experimental import internal_kv
+
+    cluster.shutdown()
+    if ray.is_initialized():
+        internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
+
+
 @pytest.fixture(scope="session")
 def lone_process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A gloo process group of this process alone: DeepSpeed works in it, and needs it to last once it has seen it."""

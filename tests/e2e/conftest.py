@@ -22,15 +22,11 @@ from sr_platform.storage import open_storage
 
 
 @pytest.fixture
-def lone_node_cluster() -> Iterator[Any]:
+def lone_node_cluster(make_cluster: Callable[..., Any]) -> Any:
     """A head without CPUs, where the driver lives, and one node that can be killed or drained."""
-    from ray.cluster_utils import Cluster
-
-    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": health})
-    made.add_node(num_cpus=1)
-    yield made
-    made.shutdown()
+    return make_cluster(
+        1, health_check_initial_delay_ms=0, health_check_period_ms=500, health_check_failure_threshold=3
+    )
 
 
 @pytest.fixture

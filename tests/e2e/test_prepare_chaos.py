@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,11 @@ def pictures(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(make_cluster: Callable[..., Any]) -> Any:
     """A head without CPUs and two nodes that can be killed."""
-    from ray.cluster_utils import Cluster
-
-    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": health})
-    for _ in range(2):
-        made.add_node(num_cpus=2)
-    yield made
-    made.shutdown()
+    return make_cluster(
+        2, 2, health_check_initial_delay_ms=0, health_check_period_ms=500, health_check_failure_threshold=3
+    )
 
 
 class Storm:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,13 +15,8 @@ SCRIPT = runpy.run_path(str(REPOSITORY_PATH / "infra" / "images" / "leave_cluste
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    made.add_node(num_cpus=1)
-    yield made
-    made.shutdown()
+def two_nodes(make_cluster: Callable[..., Any]) -> Any:
+    return make_cluster(1)
 
 
 @pytest.mark.ray

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 
+# Before anything imports torch: Ray's workers count on one thread, and sums over more threads round otherwise.
 # Before anything imports Ray: loopback only, fast polling, no token file in the home folder.
 os.environ.update(
+    OMP_NUM_THREADS="1",
     RAY_AUTH_MODE="disabled",
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     RAY_USAGE_STATS_ENABLED="0",

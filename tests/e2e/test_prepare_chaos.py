@@ -145,21 +145,10 @@ def assert_as_undisturbed(storm: Storm, pictures: Path, calm: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("pictures", [60], indirect=True)
-def test_three_kills_leave_the_dataset_of_an_undisturbed_run(
-    cluster: Any, local_ray: None, pictures: Path, tmp_path: Path
-) -> None:
-    storm = Storm(cluster, command(str(pictures), str(tmp_path / "storm")), open_storage(tmp_path / "storm"), seed=3)
-    storm.run(3)
-    assert_as_undisturbed(storm, pictures, tmp_path / "calm")
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.parametrize("pictures", [40], indirect=True)
-def test_an_unsteady_s3_and_a_kill_leave_the_dataset_of_an_undisturbed_run(
+def test_an_unsteady_s3_and_three_kills_leave_the_dataset_of_an_undisturbed_run(
     faulty_s3: Callable[..., Any], local_ray: None, pictures: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    through_unsteady_s3(faulty_s3(seed=7, rate=0.1), pictures, tmp_path, request, num_kills=1, seed=7)
+    through_unsteady_s3(faulty_s3(seed=7, rate=0.1), pictures, tmp_path, request, num_kills=3, seed=7)
 
 
 @pytest.mark.ray

@@ -1,4 +1,7 @@
-"""Lost workers, nodes and drivers, and nodes that say goodbye: training ends with the weights of an undisturbed run."""
+"""Lost workers, nodes and drivers, and nodes that say goodbye: training ends with the weights of an undisturbed run.
+
+A shorter storm, with bad storage and tracking besides, is in test_train_outages.py.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,6 @@ FLAGS += ["--num-workers", "2"]
 DRAIN_FLAGS = ["--align.num-updates", "1500", "--validation.num-pictures", "0", "--log-every-updates", "25"]
 DRAIN_FLAGS += ["--min-workers", "1", "--max-failures", "0", "--checkpoint-every-updates", "250"]
 DRAIN_FLAGS += ["--keep-checkpoints", "99"]
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_lost_worker_driver_and_node_leave_the_weights_of_an_undisturbed_run_bit_for_bit(
-    cluster, training, undisturbed, trained_weights
-) -> None:
-    job = training(cluster, FLAGS)
-    storm(job, ["worker", "driver", "node"])
-    assert_bit_equal(job, trained_weights, undisturbed(FLAGS))
 
 
 @pytest.mark.ray

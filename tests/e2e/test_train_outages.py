@@ -1,4 +1,4 @@
-"""Storage that fails now and then, a lost tracking server, a lost worker: nothing of a training is lost with them."""
+"""Storage that fails now and then, a lost tracking server, lost workers and drivers: nothing of a training is lost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def unsteady(faulty_s3: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_an_unsteady_s3_and_a_lost_tracking_server_and_worker_cost_no_update_no_metric_and_no_picture(
+def test_an_unsteady_s3_and_a_lost_tracking_server_worker_and_driver_cost_no_update_no_metric_and_no_picture(
     local_ray,
     mlflow_server,
     unsteady,
@@ -67,7 +67,7 @@ def test_an_unsteady_s3_and_a_lost_tracking_server_and_worker_cost_no_update_no_
 
 
 def suffer(job: Any, server: Any) -> None:
-    """The tracking server is killed, then a worker while it is away; it comes back while training goes on."""
+    """The tracking server is killed, then a worker while it is away; it comes back, and then the driver is killed."""
     job.start()
     job.reach(8)
     server.kill()
@@ -80,6 +80,9 @@ def suffer(job: Any, server: Any) -> None:
     job.reach(job.update + 4)
     assert job.update < NUM_UPDATES
     server.start()
+    job.reach(job.update + 4)
+    assert job.update < NUM_UPDATES
+    job.kill("driver")
     job.end()
 
 

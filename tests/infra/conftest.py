@@ -229,6 +229,7 @@ def rendered(overlays: dict[str, InfraCopy]) -> dict[str, str]:
     return {environment: copy.kustomize(environment) for environment, copy in overlays.items()}
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One process for all tests of infra: they share a Terraform that is ready, and wait more than they work."""
     for item in items:

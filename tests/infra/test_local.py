@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,11 +20,14 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from mlflow import MlflowClient
 from PIL import Image
 
 from sr_platform.cluster import REPOSITORY_PATH
 
 RUN = REPOSITORY_PATH / "infra" / "local" / "run.py"
+TRAINING = ["train_nano.yaml", "--stage", "align", "--max-updates", "2", "--num-workers", "1"]
+TRAINING += ["--size-px", "32", "--global-batch", "4", "--validation.num-pictures", "0"]
 PORTS = ("gateway", "dashboard", "mlflow", "s3", "prometheus", "grafana")
 KUBECTL = """#!/usr/bin/env bash
 case " $* " in
@@ -120,13 +122,19 @@ def infra_with_kubectl(infra_copy: Any, local: Local) -> Any:
     return infra_copy
 
 
-def test_a_job_is_submitted_through_a_port_forward(local: Local, infra_with_kubectl: Any, tmp_path: Path) -> None:
-    command = shlex.split(f"python pipelines/synthesize.py --out {tmp_path / 'shards'} --num-images 2 --size-px 64")
+def test_a_training_is_submitted_through_a_port_forward_and_leaves_a_registered_model(
+    local: Local, infra_with_kubectl: Any, prepared_dataset: str
+) -> None:
+    command = ["python", "pipelines/train.py", *TRAINING, "--data", prepared_dataset, "--out", "s3://checkpoints/run"]
     done = infra_with_kubectl.script(
         "submit.sh", "dev", *command, LOCAL_TOKEN=local.variables["RAY_AUTH_TOKEN"], PYTHON=sys.executable
     )
+    assert "training is done" in done.stdout
     assert "succeeded" in done.stdout
-    assert (tmp_path / "shards" / "manifest.json").is_file()
+    client = MlflowClient(local.variables["MLFLOW_TRACKING_URI"])
+    version = client.get_model_version_by_alias("faithdiff-nano", "candidate")
+    assert version.tags["model_uri"] == "s3://checkpoints/run/models/align"
+    assert client.get_run(version.run_id).info.status == "FINISHED"
 
 
 def test_without_the_token_nothing_is_submitted(local: Local) -> None:

@@ -207,11 +207,12 @@ class Gateway:
 
     async def readyz(self) -> ReadyJson:
         """There is a restorer with a loaded model, or a job would start one (`asleep`)."""
-        replicas = await self._replicas()
+        replicas, has_captioner = await self._replicas(), self.cfg.intake.has_captioner
         if replicas:
-            return ReadyJson(status="ready", model_version=str(replicas[0]["version"]))
+            version = str(replicas[0]["version"])
+            return ReadyJson(status="ready", model_version=version, has_captioner=has_captioner)
         if self.cfg.starts_from_zero:
-            return ReadyJson(status="asleep", model_version=None)
+            return ReadyJson(status="asleep", model_version=None, has_captioner=has_captioner)
         raise Problem(503, "not-ready", "restorer: no replica serves a model yet", retry_after_s=_RETRY_AFTER_S)
 
     def backlog(self) -> Backlog:

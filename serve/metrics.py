@@ -33,7 +33,9 @@ _STATES_OF_REPLICAS = ("RUNNING", "STARTING", "UPDATING", "STOPPING", "RECOVERIN
 # True of the service, not of a process: read when somebody asks, and shared with nobody.
 _SERVICE = CollectorRegistry()
 _JOBS = Gauge("faithdiff_jobs", "Jobs that have not ended, by state", ("state",), registry=_SERVICE)
-_QUEUED_MEGAPIXELS = Gauge("faithdiff_queued_megapixels", "Megapixels of results that wait", registry=_SERVICE)
+_QUEUED_MEGAPIXELS = Gauge(
+    "faithdiff_queued_megapixels", "Megapixels of results of jobs that have not ended", registry=_SERVICE
+)
 _QUEUED_WORK = Gauge(
     "faithdiff_queued_megapixel_steps", "Megapixel-steps of jobs that have not ended", registry=_SERVICE
 )

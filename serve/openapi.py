@@ -168,6 +168,7 @@ class ReadyJson(BaseModel):
 
     status: str = Field(examples=["ready"], description="ready, or asleep: the first job starts a replica")
     model_version: str | None = Field(examples=["faithdiff-nano/3"])
+    has_captioner: bool = Field(examples=[False], description="Whether auto_prompt may be asked for")
 
 
 class ModelsJson(BaseModel):

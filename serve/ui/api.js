@@ -53,7 +53,7 @@ export class Api extends EventTarget {
     return (await this._request("v1/usage")).json();
   }
 
-  /** @returns {Promise<{status: "ready" | "asleep", model_version: string | null}>} Raises Problem 503 while starting. */
+  /** @returns {Promise<{status: "ready" | "asleep", model_version: string | null, has_captioner: boolean}>} Raises Problem 503 while starting. */
   async readiness() {
     return (await this._request("readyz")).json();
   }

@@ -46,7 +46,7 @@ class App {
       onNew: () => this._openNew(),
     });
     this._dialog = new KeyDialog(this._api, this._key, () => this._keyChanged());
-    this._status = new ServiceStatus(this._api, () => this._back());
+    this._status = new ServiceStatus(this._api, () => this._back(), (can) => this._settings.offerDescriptions(can));
     this._source = new PictureSource((files) => this._chosen(files), (names) => this._refusedFiles(names));
     /** @type {Entry | null} */
     this._selected = null;

@@ -12,10 +12,12 @@ export class ServiceStatus {
   /**
    * @param {import("./api.js").Api} api
    * @param {() => void} onBack it answers again
+   * @param {(hasCaptioner: boolean) => void} onAbilities it has said what it can do
    */
-  constructor(api, onBack) {
+  constructor(api, onBack, onAbilities) {
     this._api = api;
     this._onBack = onBack;
+    this._onAbilities = onAbilities;
     this._isAway = false;
     this._attempt = 0;
     this._timer = 0;
@@ -36,7 +38,8 @@ export class ServiceStatus {
     clearTimeout(this._timer);
     let next = READY_LOOK_MS;
     try {
-      const { status, model_version: version } = await this._api.readiness();
+      const { status, model_version: version, has_captioner: hasCaptioner } = await this._api.readiness();
+      this._onAbilities(hasCaptioner);
       if (status === "ready") this._tell("ready", "Ready", `Model ${version}`);
       else this._tell("asleep", "Asleep", "The first picture starts a replica, and waits for it.");
     } catch (error) {

@@ -48,6 +48,12 @@ export class SettingsForm extends EventTarget {
     this._show();
   }
 
+  /** @param {boolean} can whether the service describes pictures itself */
+  offerDescriptions(can) {
+    find("[data-field=auto_prompt]", this._form).hidden = !can;
+    if (!can) find("[name=auto_prompt]", this._form).checked = false;
+  }
+
   /** @returns {boolean} whether all values are within their limits */
   get isValid() {
     return this._controls().every((control) => control.validity.valid);

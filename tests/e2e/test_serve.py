@@ -153,7 +153,7 @@ def test_a_picture_is_restored_over_http_exactly_as_by_the_pipeline(
 
 def test_health_readiness_models_metrics_and_the_page_answer(service: httpx.Client) -> None:
     assert service.get("/healthz").json() == {"status": "ok"}
-    assert service.get("/readyz").json() == {"status": "ready", "model_version": "nano"}
+    assert service.get("/readyz").json() == {"status": "ready", "model_version": "nano", "has_captioner": False}
     ends_s = time.monotonic() + 30
     while (model := service.get("/v1/models").json()["models"][0])["num_replicas"] < 2:
         assert time.monotonic() < ends_s

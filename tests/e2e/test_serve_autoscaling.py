@@ -85,7 +85,7 @@ def test_a_service_that_sleeps_wakes_for_a_job_and_falls_asleep_again(
         "downscale_to_zero_delay_s": 2, "drain_s": 5,
     }  # fmt: skip
     client = serving({"restorer": {"num_replicas": None, "num_cpus": 0.5, "drain_s": 5, "autoscaling": scaling}})
-    assert client.get("/readyz").json() == {"status": "asleep", "model_version": None}
+    assert client.get("/readyz").json() == {"status": "asleep", "model_version": None, "has_captioner": False}
     assert client.get("/v1/models").json() == {"models": []}
     time.sleep(2)  # whoever only looks does not wake it
     assert client.get("/readyz").json()["status"] == "asleep"

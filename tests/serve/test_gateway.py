@@ -225,14 +225,22 @@ async def test_health_and_readiness_are_different_things(connect: Any, store: An
         assert "no replica" in _problem(await client.get("/readyz"), 503)["detail"]
         assert (await client.get("/v1/models")).json() == {"models": []}
         store.report_replica("one", {"replica": "one", "version": "nano"})
-        assert (await client.get("/readyz")).json() == {"status": "ready", "model_version": "nano"}
+        assert (await client.get("/readyz")).json() == {
+            "status": "ready",
+            "model_version": "nano",
+            "has_captioner": False,
+        }
         store.withdraw_replica("one")
         _problem(await client.get("/readyz"), 503)
 
 
 async def test_a_service_that_starts_from_zero_is_ready_while_it_sleeps(connect: Any) -> None:
     async with connect(GatewayConfig(starts_from_zero=True)) as client:
-        assert (await client.get("/readyz")).json() == {"status": "asleep", "model_version": None}
+        assert (await client.get("/readyz")).json() == {
+            "status": "asleep",
+            "model_version": None,
+            "has_captioner": False,
+        }
 
 
 async def test_models_tells_versions_lineage_cold_start_and_replicas(connect: Any, store: Any, restorer: Any) -> None:
@@ -265,7 +273,9 @@ async def test_a_captioner_that_is_not_there_or_would_not_be_heard_is_no_field(c
     async with connect() as client:
         answer = await client.post("/v1/upscale", files={"picture": png}, data={"auto_prompt": "true"})
         assert "no captioner" in _problem(answer, 422)["detail"]
-    async with connect(GatewayConfig(intake=IntakeConfig(has_captioner=True))) as client:
+    with_captioner = GatewayConfig(intake=IntakeConfig(has_captioner=True), starts_from_zero=True)
+    async with connect(with_captioner) as client:
+        assert (await client.get("/readyz")).json()["has_captioner"]
         fields = {"auto_prompt": "true", "prompt": "A cat."}
         answer = await client.post("/v1/upscale", files={"picture": png}, data=fields)
         assert "prompt is given as well" in _problem(answer, 422)["detail"]

@@ -504,6 +504,8 @@ def test_the_form_has_the_services_own_names_defaults_and_limits(page: Page, ser
     with serving(QUICK) as url:
         page.open(url)
         controls = page.run(script)
+        hidden = [part.get_attribute("data-field") for part in page.all("#settings .field[hidden]")]
+    assert hidden == ["auto_prompt"], "there is no captioner"
     assert {control["name"] for control in controls} == set(fields)
     for control in controls:
         field = fields[control["name"]]
@@ -521,6 +523,18 @@ def test_the_form_has_the_services_own_names_defaults_and_limits(page: Page, ser
             assert control["longest"] == field["maxLength"]
         else:
             assert (control["value"], sorted(control["choices"])) == (field["default"], sorted(field["enum"]))
+
+
+def test_pictures_may_be_left_to_a_captioner_where_there_is_one(page: Page, serving: Any) -> None:
+    with_captioner = QUICK.model_copy(
+        update={"starts_from_zero": True, "intake": QUICK.intake.model_copy(update={"has_captioner": True})}
+    )
+    with serving(with_captioner) as url:
+        page.open(url)
+        page.find("details.advanced summary").click()
+        assert page.shows("#settings [name=auto_prompt]").is_enabled()
+        page.find("#settings [name=prompt]").send_keys("A lighthouse")
+        page.until(lambda: not page.find("#settings [name=auto_prompt]").is_enabled())
 
 
 def test_events_are_read_however_the_network_cuts_them(page: Page, serving: Any) -> None:

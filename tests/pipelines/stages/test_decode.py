@@ -181,7 +181,7 @@ def test_an_srgb_profile_changes_nothing() -> None:
     assert np.array_equal(decode_picture(data, max_pixels=LIMIT), pixels)
 
 
-@pytest.mark.parametrize("profile", [b"garbage", wide_gamut_profile()])
+@pytest.mark.parametrize("profile", [b"garbage", wide_gamut_profile()], ids=["garbage", "of Lab"])
 def test_a_profile_that_cannot_be_applied_is_ignored(profile: bytes) -> None:
     pixels = noise()
     data = as_file(Image.fromarray(pixels), icc_profile=profile)

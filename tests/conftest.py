@@ -360,10 +360,19 @@ class FaultyRequest(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def faulty_s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FaultyS3]]:
-    """`faulty_s3(seed=1, rate=0.2)`: a running FaultyS3 with a fresh bucket, which the environment now points to."""
+def forgetful_s3() -> Iterator[Callable[[], None]]:
+    """`forgetful_s3()`: S3 settings of the environment are read anew, which a process does once; at the end, too."""
     from sr_platform import s3
 
+    yield s3.filesystem.cache_clear
+    s3.filesystem.cache_clear()
+
+
+@pytest.fixture
+def faulty_s3(
+    s3_endpoint: str, forgetful_s3: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., FaultyS3]]:
+    """`faulty_s3(seed=1, rate=0.2)`: a running FaultyS3 with a fresh bucket, which the environment now points to."""
     running: list[FaultyS3] = []
 
     def start(**kwargs: Any) -> FaultyS3:
@@ -371,11 +380,10 @@ def faulty_s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         running.append(proxy)
         proxy.uri = new_bucket(s3_endpoint, monkeypatch)
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        s3.filesystem.cache_clear()  # it knows the steady server
+        forgetful_s3()
         return proxy
 
     yield start
-    s3.filesystem.cache_clear()
     for proxy in running:
         proxy.stop()
 

@@ -21,7 +21,7 @@ FLAGS += ["--max-failures", "20", "--validation.num-pictures", "1", "--validatio
 FLAGS += ["--num-workers", "2"]
 # Ray looks for notices every five seconds and training asks as often: it must last longer than that.
 DRAIN_FLAGS = ["--align.num-updates", "1500", "--validation.num-pictures", "0", "--log-every-updates", "25"]
-DRAIN_FLAGS += ["--min-workers", "1", "--max-failures", "0", "--checkpoint-every-updates", "250"]
+DRAIN_FLAGS += ["--min-workers", "1", "--max-failures", "0", "--checkpoint-every-updates", "120"]
 DRAIN_FLAGS += ["--keep-checkpoints", "99"]
 
 
@@ -64,7 +64,7 @@ def test_a_node_that_says_goodbye_is_left_with_a_checkpoint_and_training_goes_on
     cluster, training
 ) -> None:
     """With no failure allowed, and long before the notice has run out; to the end of training: test_train_elastic."""
-    job, every = training(cluster, [*FLAGS, *DRAIN_FLAGS]), 250
+    job, every = training(cluster, [*FLAGS, *DRAIN_FLAGS]), 120
     job.start()
     job.reach(every)
     job.drain(job.training_node(), notice_s=600)

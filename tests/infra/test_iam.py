@@ -152,6 +152,7 @@ def test_the_platforms_storage_finds_the_role_of_its_pod(
     aws: str,
     buckets: dict[str, str],
     credentials: dict[str, dict[str, str]],
+    forgetful_s3: Callable[[], None],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -168,6 +169,7 @@ def test_the_platforms_storage_finds_the_role_of_its_pod(
         monkeypatch.setenv("AWS_ENDPOINT_URL", aws)
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
         monkeypatch.setenv("HOME", str(tmp_path))
+        forgetful_s3()
         assert open_storage(f"s3://{buckets['data']}").read_bytes("shards/0.tar") == b"x"
         open_storage(f"s3://{buckets['checkpoints']}").write_bytes_atomic("runs/2/model", b"y")
         with pytest.raises(RequestError, match="Access Denied"):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from sr_platform import s3
 from sr_platform.errors import RequestError
 from sr_platform.model_registry import alias_version, give_alias, resolve_model, tag_version, version_tags
 from sr_platform.storage import Storage, open_storage
@@ -80,7 +79,6 @@ def test_an_unsteady_storage_still_gives_the_whole_model(sqlite, folder, faulty_
     register(sqlite, uri, "unsteady")
     model = resolve_model("models:/unsteady@candidate", cache_path=tmp_path / "cache")
     assert files_below(Path(model.path)) == files_below(folder)
-    s3.filesystem.cache_clear()
 
 
 def test_a_source_without_files_is_an_error(sqlite, s3_uri, tmp_path) -> None:

@@ -177,13 +177,15 @@ def test_a_missing_bucket_is_absent_for_reading_and_empty_for_listing(s3_uri: st
         storage.write_bytes_atomic("x", b"")
 
 
-def test_credentials_that_cannot_work_are_named_at_once(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_that_cannot_work_are_named_at_once(
+    s3_uri: str, forgetful_s3: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(storage_module, "FIRST_WAIT_S", 1e6)
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    s3.filesystem.cache_clear()
+    forgetful_s3()
     with pytest.raises(RequestError, match=r"x is refused: .*nobody.*; check credentials"):
         open_storage(s3_uri).read_bytes("x")
     monkeypatch.delenv("AWS_PROFILE")
-    s3.filesystem.cache_clear()
+    forgetful_s3()
     with pytest.raises(RequestError, match=r"is refused: .*bucket name"):
         open_storage("s3://No Bucket!").read_bytes("x")

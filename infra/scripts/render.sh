@@ -3,6 +3,7 @@
 #
 #   IMAGE_TAG             tag of the three images (default: the commit)
 #   MODEL                 what is served (default: models:/faithdiff-sdxl@champion)
+#   CERTIFICATE_ARN       certificate of the load balancer, where the overlay has the component internal-endpoint
 #   METRICS_TOKEN_SHA256  SHA-256 of the token that Prometheus sends (platform.sh knows it)
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/templates.sh
@@ -12,6 +13,9 @@ environment="$(environment_of "${1:-}")"
 overlay="$infra_path/kubernetes/overlays/$environment"
 tag="${IMAGE_TAG:-$(git -C "$infra_path" rev-parse --short=12 HEAD)}"
 terraform() { command terraform -chdir="${TERRAFORM_ROOT:-$infra_path/terraform}" "$@"; }
+if [[ -z "${CERTIFICATE_ARN:-}" ]] && grep -q '^components:.*internal-endpoint' "$overlay/kustomization.yaml"; then
+  fail "CERTIFICATE_ARN: set it to a certificate in ACM, or take internal-endpoint out of $overlay/kustomization.yaml"
+fi
 
 new="$(mktemp -d)"
 trap 'rm -rf "$new"' EXIT

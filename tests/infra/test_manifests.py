@@ -21,7 +21,6 @@ GOLDEN_PATH = Path(__file__).parent / "golden"
 KUBERNETES_PATH = REPOSITORY_PATH / "infra" / "kubernetes"
 ENVIRONMENTS = ("dev", "prod")
 JOBS = sorted(path.stem for path in (KUBERNETES_PATH / "jobs").glob("*.yaml"))
-COMPONENTS = sorted(path.name for path in (KUBERNETES_PATH / "components").iterdir())
 NO_SCHEMAS = pytest.mark.skipif(schemas_path() is None, reason="the schemas of KubeRay and Karpenter are not at hand")
 
 

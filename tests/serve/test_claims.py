@@ -180,7 +180,7 @@ async def test_the_job_of_a_replica_that_is_gone_goes_on_from_its_latents(
 async def test_what_a_stalled_replica_publishes_late_is_not_heard_and_leaves_no_file(
     store: JobStore, storage: Storage, model: ServedModel, around: Any, submit: Any
 ) -> None:
-    job_id = submit(steps=8)
+    job_id = submit(side_px=96, steps=25)
     async with running(around("stalled"), model) as stalled:
         await _until(lambda: _get(store, job_id).state is JobState.RUNNING)
         for loop in stalled._loops:  # it computes on, and tells nothing

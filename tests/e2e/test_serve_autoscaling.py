@@ -100,6 +100,7 @@ def test_a_service_that_sleeps_wakes_for_a_job_and_falls_asleep_again(
         print(f"\nafter the job: awake {awake_s:.1f} s, done {done_s:.1f} s, asleep {asleep_s:.1f} s; {parts}")
 
 
+@pytest.mark.soak
 def test_a_new_version_behind_the_alias_is_rolled_out_without_dropping_a_job(
     serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,7 @@ def assert_bit_equal(training: Any, trained_weights: Any, calm: Any) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_a_node_that_says_goodbye_is_left_with_a_checkpoint_and_training_goes_on_with_fewer_workers(
     cluster, training

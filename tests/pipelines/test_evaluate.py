@@ -121,6 +121,27 @@ def test_the_run_in_mlflow_holds_protocol_means_and_files(undisturbed: Evaluatio
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_what_is_half_done_is_finished_by_other_workers_to_the_identical_report(
+    undisturbed: Evaluation, photographs: Path, tmp_path: Path
+) -> None:
+    """From what a killed evaluation leaves: pictures and scores that are done, and a picture without its record."""
+    report = tmp_path / "report"
+    shutil.copytree(Path(undisturbed.report) / "cache", report / "cache")
+    known, *lost = sorted((report / "cache" / "restored").glob("*.json"))
+    for record in lost:
+        record.unlink()
+    for picture in (record.with_suffix(".png") for record in lost[1:]):
+        picture.unlink()
+    for scores in sorted((report / "cache" / "scores").iterdir())[::2]:
+        scores.unlink()
+    time_ns = known.stat().st_mtime_ns
+    evaluate(config(photographs, report, workers={"restorers": 2, "scorers": 2, "num_cpus": 1.0}))
+    assert_same_report(undisturbed.report, report)
+    assert known.stat().st_mtime_ns == time_ns, "restored once"
+
+
+@pytest.mark.ray
+@pytest.mark.soak
 def test_killed_half_way_and_started_again_by_other_workers_the_report_is_identical(
     undisturbed: Evaluation, photographs: Path, tmp_path: Path
 ) -> None:

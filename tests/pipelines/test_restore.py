@@ -220,7 +220,7 @@ def _kill_actor() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_job_from_s3_to_s3_that_is_killed_goes_on_where_it_was(
     tmp_path: Path, picture_file: Callable[..., bytes], s3_uri: str
 ) -> None:

@@ -1,7 +1,8 @@
 """The whole service over HTTP on Ray Serve: what it adds, what a large picture costs a small one, a storm.
 
-1. Overhead: a small picture through `FaithDiffPipeline` in this process, through POST /v1/upscale, and as a job until
-   its `done` event; in turns. Gateway and queue may add 20 ms at the median.
+1. Overhead: a small picture through `FaithDiffPipeline` in this process, by a direct call of the replica (Serve's
+   handle), through POST /v1/upscale, and as a job until its `done` event; in turns. Gateway and queue may add 20 ms to
+   the replica's answer at the median.
 2. Fairness: a small job on an idle service, and behind a job with 64 times its pixels; median and 99th percentile.
 3. Load: 200 jobs of mixed sizes from 16 clients; pictures per second, waits by size, what was refused or failed.
 
@@ -37,6 +38,7 @@ from sr_platform import cluster
 
 from ray import serve  # isort: skip
 from serve.app import ServeConfig, build_app  # isort: skip
+from serve.form import UpscaleRequest  # isort: skip
 
 _SEED = 3
 
@@ -96,8 +98,12 @@ def overhead(client: httpx.Client, small_px: int, fields: dict[str, str], tile_p
     def upscale() -> None:
         client.post("/v1/upscale", files={"picture": picture}, data=fields).raise_for_status()
 
+    replica = serve.get_deployment_handle("Restorer", "faithdiff")
+    request = UpscaleRequest(scale=1, num_inference_steps=settings["num_inference_steps"], seed=_SEED)
+    pixels = np.asarray(Image.open(BytesIO(picture)))
     ways: dict[str, Callable[[], Any]] = {
         "direct": direct,
+        "replica": lambda: replica.restore.remote(pixels, request, None).result(),
         "upscale": upscale,
         "job": lambda: job_s(client, picture, fields),
     }
@@ -109,7 +115,12 @@ def overhead(client: httpx.Client, small_px: int, fields: dict[str, str], tile_p
             if number >= 3:
                 taken[name].append(1e3 * (time.perf_counter() - start_s))
     medians = {f"{name}_ms": statistics.median(values) for name, values in taken.items()}
-    added = {f"{name}_adds_ms": medians[f"{name}_ms"] - medians["direct_ms"] for name in ("upscale", "job")}
+    added = {
+        f"{name}_adds_ms": statistics.median(
+            mine - theirs for mine, theirs in zip(taken[name], taken["replica"], strict=True)
+        )
+        for name in ("upscale", "job")
+    }
     return {**medians, **added}
 
 
@@ -177,14 +188,14 @@ def main(
     port: int = 8123,
     out: Path = Path("out/benchmarks"),
 ) -> None:
-    """Small pictures are small_px x small_px, one tile each, restored at their own size."""
+    """Small pictures are small_px x small_px, one tile each, restored at their own size; jobs 0 leaves out the load."""
     torch.set_num_threads(1)
     fields = {"scale": "1", "num_inference_steps": str(steps), "seed": str(_SEED)}
     with tempfile.TemporaryDirectory() as folder, service(Path(folder), tile_px, replicas, port) as client:
         rows = {
             "overhead": overhead(client, small_px, fields, tile_px, rounds),
             "fairness": fairness(client, small_px, fields, rounds),
-            "load": load(client, small_px, fields, jobs, clients),
+            **({"load": load(client, small_px, fields, jobs, clients)} if jobs else {}),
         }
     for name, row in rows.items():
         print(f"{name:10}" + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))

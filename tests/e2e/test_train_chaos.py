@@ -59,7 +59,7 @@ def assert_bit_equal(training: Any, trained_weights: Any, calm: Any) -> None:
 
 @pytest.mark.ray
 @pytest.mark.soak
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_node_that_says_goodbye_is_left_with_a_checkpoint_and_training_goes_on_with_fewer_workers(
     cluster, training
 ) -> None:

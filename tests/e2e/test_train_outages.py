@@ -36,7 +36,7 @@ def unsteady(faulty_s3: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_an_unsteady_s3_and_a_lost_tracking_server_worker_and_driver_cost_no_update_no_metric_and_no_picture(
     local_ray,
     mlflow_server,

@@ -189,8 +189,12 @@ async def test_what_a_stalled_replica_publishes_late_is_not_heard_and_leaves_no_
         async with running(around("next"), model):
             await _until(lambda: _get(store, job_id).state is JobState.DONE)
         await _until(lambda: stalled.num_running == 0)
-    names = [name.rsplit("/", 1)[1] for name in storage.list("jobs/")]
-    assert sorted(names) == ["input", "result-2"]
+    done = _get(store, job_id)
+    assert done.result is not None
+    # On a busy machine the next one may lose its lease, too, and be given the job again.
+    assert done.result.name.endswith(f"/result-{done.attempt}")
+    assert done.attempt > 1
+    assert set(storage.list("jobs/")) == {f"jobs/{job_id}/input", done.result.name}
 
 
 async def test_a_stopped_replica_finishes_what_it_can_and_hands_the_rest_over(

@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import kubernetes_validate
+import pytest
 import yaml
 
 from sr_platform.cluster import REPOSITORY_PATH
@@ -24,6 +25,9 @@ def schemas_path() -> Path | None:
     """Definitions of others, which are no part of this repository."""
     candidates = [REPOSITORY_PATH / "shared" / "crds", REPOSITORY_PATH.parent / "shared" / "crds"]
     return next((path for path in candidates if path.is_dir()), None)
+
+
+NO_SCHEMAS = pytest.mark.skipif(schemas_path() is None, reason="the schemas of KubeRay and Karpenter are not at hand")
 
 
 def load_all(text: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from manifests import Schemas, load_all, schemas_path
+from manifests import NO_SCHEMAS, Schemas, load_all, schemas_path
 
 from sr_platform.cluster import REPOSITORY_PATH
 
@@ -33,7 +33,7 @@ def added(with_it: str, without: str) -> list[dict[str, Any]]:
     return [d for d in load_all(with_it) if (d["kind"], d["metadata"]["name"]) not in known]
 
 
-@pytest.mark.skipif(schemas_path() is None, reason="the schemas of KubeRay and Karpenter are not at hand")
+@NO_SCHEMAS
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_a_component_adds_objects_that_their_schemas_allow(
     with_component: Callable[..., Any], rendered: dict[str, str], name: str

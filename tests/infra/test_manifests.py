@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from fake_kubernetes import running
-from manifests import Schemas, load_all, schemas_path
+from manifests import NO_SCHEMAS, Schemas, load_all, schemas_path
 
 from sr_platform.cluster import REPOSITORY_PATH
 
@@ -21,7 +21,6 @@ GOLDEN_PATH = Path(__file__).parent / "golden"
 KUBERNETES_PATH = REPOSITORY_PATH / "infra" / "kubernetes"
 ENVIRONMENTS = ("dev", "prod")
 JOBS = sorted(path.stem for path in (KUBERNETES_PATH / "jobs").glob("*.yaml"))
-NO_SCHEMAS = pytest.mark.skipif(schemas_path() is None, reason="the schemas of KubeRay and Karpenter are not at hand")
 
 
 @pytest.fixture(scope="module")

@@ -302,7 +302,9 @@ def platform(cfg: LocalConfig) -> Iterator[Parts]:
 
 
 def main(argv: Sequence[str]) -> None:
-    cfg = load_config(LocalConfig, argv, job="local", description=__doc__ or "", recipe=False)
+    cfg = load_config(
+        LocalConfig, argv, job="local", description=__doc__ or "", recipe=False, prog="python infra/local/run.py"
+    )
     stopping = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())

@@ -167,6 +167,12 @@ def test_prometheus_scrapes_the_gateway_and_knows_our_alerts(local: Local) -> No
     assert "FaithDiffSilent" in [rule["name"] for group in rules for rule in group["rules"]]
 
 
+def test_help_names_the_file_that_one_types() -> None:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY_PATH / "platform"), str(REPOSITORY_PATH)])}
+    told = subprocess.run([sys.executable, RUN, "--help"], env=env, capture_output=True, text=True, timeout=120).stdout
+    assert "usage: python infra/local/run.py" in told
+
+
 def test_its_variables_are_for_its_owner_alone(local: Local) -> None:
     assert (local.out / "environment").stat().st_mode & 0o077 == 0
 

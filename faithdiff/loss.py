@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -21,12 +20,9 @@ from torch import Tensor, nn
 
 from faithdiff.encoder import LQEncoder
 from faithdiff.errors import InputError
+from faithdiff.parts import PARTS, Part
 from faithdiff.schedule import add_noise
 from faithdiff.unet import FaithDiffUNet
-
-Part = Literal["alignment", "lq_encoder", "unet", "control"]
-"""What can be trained: the alignment module, the LQ encoder, SDXL's UNet, the control branch."""
-PARTS: tuple[Part, ...] = get_args(Part)
 
 _NOISE_STREAM = 1
 

@@ -45,8 +45,6 @@ from pipelines.evaluation.protocol import EvaluateConfig, protocol_digest, resol
 from pipelines.evaluation.score_table import INPUT, OURS, REFERENCE
 from pipelines.evaluation.scoring import NOT_APPLICABLE, describe
 from pipelines.evaluation.track import log_report
-from pipelines.training.export import model_digest
-from pipelines.training.start_model import local_model
 
 logger = logging.getLogger("pipelines.evaluate")
 
@@ -140,6 +138,9 @@ def checked(cfg: EvaluateConfig) -> EvaluateConfig:
 
 def find_model(uri: str) -> Model:
     """The model, looked up and digested; an alias becomes the version it names now."""
+    from pipelines.training.export import model_digest
+    from pipelines.training.start_model import local_model
+
     if not uri:
         return Model()
     if uri.startswith("models:"):

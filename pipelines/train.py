@@ -21,13 +21,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from faithdiff.errors import InputError
-from pipelines.training import export
 from pipelines.training.recipe import Stage, TrainConfig
-from pipelines.training.request import Request, check_request, check_resources, model_uri
-from pipelines.training.stages import deliver, recorded_run, run_stage
 from sr_platform import cluster
 from sr_platform.config import load_config, run_job
 from sr_platform.errors import ConfigError
@@ -37,6 +34,10 @@ from sr_platform.observability import configure_logging
 from sr_platform.ownership import owned
 from sr_platform.tracking import Tracking, tracking_uri
 
+if TYPE_CHECKING:
+    from pipelines.training.request import Request
+
+# Request and stages import PyTorch and diffusers, for which neither --help nor a wrong flag should wait.
 logger = logging.getLogger("pipelines.train")
 
 
@@ -56,6 +57,8 @@ class TrainResult:
 
 def main(argv: Sequence[str]) -> None:
     if argv and argv[0] == "export":
+        from pipelines.training import export
+
         export.main(argv[1:])
         return
     cfg = load_config(TrainConfig, argv, job="train", description=__doc__ or "", commands=("export",))
@@ -70,6 +73,9 @@ def train(cfg: TrainConfig) -> TrainResult:
         RequestError, InputError: the request cannot be done as asked; nothing was written.
         FloatingPointError: a loss or gradient was not finite; the message names the samples.
     """
+    from pipelines.training.request import check_request, check_resources
+    from pipelines.training.stages import recorded_run
+
     request = check_request(cfg)
     cfg = request.cfg
     default_path = tracking_path(cfg)
@@ -93,6 +99,10 @@ def tracking_path(cfg: TrainConfig) -> Path:
 
 def run_stages(request: Request, runs: Tracking, record: dict[str, Any]) -> TrainResult:
     """Each stage starts from the model of the one before; the last model is registered."""
+    from pipelines.training.export import model_digest
+    from pipelines.training.request import model_uri
+    from pipelines.training.stages import deliver, run_stage
+
     cfg, model, digest = request.cfg, request.model, request.model_digest
     metrics: dict[Stage, dict[str, float]] = {}
     logs = []
@@ -104,7 +114,7 @@ def run_stages(request: Request, runs: Tracking, record: dict[str, Any]) -> Trai
         else:
             metrics[stage], log = run_stage(request, runs, record, stage, model, digest)
             logs.append(log)
-        model, digest = model_out, export.model_digest(model_out)
+        model, digest = model_out, model_digest(model_out)
     for log in logs:
         deliver(log)
     run_id, folder_digest = record["run_id"], published_digest(model)

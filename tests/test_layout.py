@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +45,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "faithdiff/conditioning.py": "test_pipeline.py, test_denoiser.py: whole runs, pictures that share a batch",
     "faithdiff/latents.py": "test_pipeline.py: start points, pictures in parts",
     "faithdiff/pictures.py": "test_pipeline.py: any mode, any size, what is not a picture",
+    "faithdiff/parts.py": "test_loss.py: what is trained, and a part that is unknown",
     "faithdiff/prepared_text.py": "test_unet.py: prepared text changes nothing",
     "faithdiff/request.py": "test_pipeline.py: every setting out of range",
 }
@@ -130,6 +133,13 @@ def test_every_room_that_has_modules_was_looked_at():
 
 def test_platform_is_a_source_root_and_no_package():
     assert not (ROOT / "platform" / "__init__.py").exists(), "it would shadow Python's own `platform` module"
+
+
+def test_help_does_not_wait_for_the_libraries_of_the_model():
+    jobs = ("ablate", "demo", "evaluate", "prepare", "promote", "restore", "synthesize", "train")
+    code = f"import sys, {', '.join(f'pipelines.{job}' for job in jobs)}; print('diffusers' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "False"
 
 
 def test_tests_are_no_packages():

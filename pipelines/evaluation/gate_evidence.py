@@ -10,7 +10,6 @@ from typing import Any
 
 from pipelines.evaluation.score_table import HEADER_NAME, SCORES_NAME, ScoreTable, read_score_table
 from pipelines.evaluation.track import MODEL_WEIGHTS_TAG, PROTOCOL_TAG
-from pipelines.training.export import model_digest
 from sr_platform.mlflow_client import at_start
 from sr_platform.model_registry import version_tags
 
@@ -38,6 +37,8 @@ def find_evidence(name: str, version: int, *, protocol: str, experiment: str) ->
     runs = at_start(uri, lambda client: _runs(client, experiment, protocol))
     own = next((run for run in runs if run.data.tags.get("model_version") == f"{name}/{version}"), None)
     if own is None and runs:
+        from pipelines.training.export import model_digest  # diffusers takes seconds to import
+
         digest = model_digest(f"models:/{name}/{version}")
         own = next((run for run in runs if run.data.tags.get(MODEL_WEIGHTS_TAG) == digest), None)
     if own is None:

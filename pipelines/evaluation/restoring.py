@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,15 +24,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from faithdiff.denoiser import advance
-from faithdiff.pipeline import FaithDiffPipeline, Restoration
 from faithdiff.seams import Borders, tile_borders
 from pipelines.evaluation.pictures import EvaluationPicture, Loaded, load, pixels_digest
 from pipelines.evaluation.protocol import EvaluateConfig, RestorationConfig
 from pipelines.evaluation.score_table import INPUT, REFERENCE
-from pipelines.training.start_model import DTYPES, local_model
 from sr_platform.shards import json_digest
 from sr_platform.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from faithdiff.pipeline import FaithDiffPipeline, Restoration
 
 Picture = NDArray[np.uint8]
 RESTORED_FORMAT = 1
@@ -111,12 +111,18 @@ class Restore:
 
     @cached_property
     def pipeline(self) -> FaithDiffPipeline:
+        # diffusers takes seconds to import; whoever only scores pictures, or asks for help, never pays for it.
+        from faithdiff.pipeline import FaithDiffPipeline
+        from pipelines.training.start_model import DTYPES, local_model
+
         device = "cuda" if self.cfg.workers.restorer_num_gpus else "cpu"
         dtype = DTYPES[self.cfg.restoration.precision]
         return FaithDiffPipeline.from_pretrained(local_model(self.model), dtype=dtype, device=device)
 
     def _denoised(self, restoration: Restoration) -> float:
         """All steps; returns their seconds, with the device idle before and after."""
+        from faithdiff.denoiser import advance
+
         self._wait_for_device()
         start = time.perf_counter()
         while not restoration.canvas.is_done:

@@ -10,23 +10,24 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pydantic
 from tqdm import tqdm
 
-from faithdiff.denoiser import advance
 from faithdiff.errors import InputError
-from faithdiff.pipeline import FaithDiffPipeline
 from faithdiff.request import RestorationRequest
 from faithdiff.seams import seam_against_whole, seam_score, tile_borders
 from faithdiff.tiling import CELL_PX, TilePlan
 from pipelines.evaluation.pictures import Loaded, list_pictures, load
 from pipelines.evaluation.protocol import EvaluateConfig
 from pipelines.evaluation.restoring import picture_seed
-from pipelines.training.start_model import DTYPES, local_model
 from sr_platform.config import load_config
 from sr_platform.errors import ConfigError
+
+if TYPE_CHECKING:
+    from faithdiff.pipeline import FaithDiffPipeline
 
 
 class SweepConfig(EvaluateConfig):
@@ -116,6 +117,9 @@ def strides_of(cfg: SweepConfig) -> list[int]:
 
 
 def load_pipeline(cfg: SweepConfig) -> FaithDiffPipeline:
+    from faithdiff.pipeline import FaithDiffPipeline
+    from pipelines.training.start_model import DTYPES, local_model
+
     device = "cuda" if cfg.workers.restorer_num_gpus else "cpu"
     dtype = DTYPES[cfg.restoration.precision]
     return FaithDiffPipeline.from_pretrained(local_model(cfg.model), dtype=dtype, device=device)
@@ -159,6 +163,8 @@ def finished(
     pipeline: FaithDiffPipeline, picture: Loaded, request: RestorationRequest
 ) -> tuple[np.ndarray, TilePlan, float]:
     """The restored picture, its tiles and its seconds."""
+    from faithdiff.denoiser import advance
+
     start_s = time.perf_counter()
     restoration = pipeline.prepare(picture.lq, request)
     while not restoration.canvas.is_done:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from faithdiff.loss import Part
+from faithdiff.parts import Part
 from sr_platform.config import StrictConfig
 
 Stage = Literal["align", "encoder", "unified"]

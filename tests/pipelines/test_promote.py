@@ -99,7 +99,7 @@ def one_registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
 def registry(one_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Registry:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", one_registry.models.uri)
     # The versions are folders without weights: whoever is not found by version is not found.
-    monkeypatch.setattr("pipelines.evaluation.gate_evidence.model_digest", lambda uri: "no weights")
+    monkeypatch.setattr("pipelines.training.export.model_digest", lambda uri: "no weights")
     one_registry.name = f"net-{uuid.uuid4().hex[:8]}"
     return one_registry
 

@@ -59,7 +59,6 @@ def service(folder: Path, tile_px: int, replicas: int, port: int) -> Iterator[ht
             "store_url": f"sqlite:///{folder}/jobs.db",
             "storage_uri": str(folder / "files"),
             "logs": {"level": "WARNING"},
-            "events_poll_s": 0.02,
         },
     }
     with cluster.connected(num_cpus=6, local=True):

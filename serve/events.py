@@ -1,5 +1,8 @@
 """A job's progress as server-sent events; all streams of a process share one poller of the store.
 
+Nobody waits for an event much longer than they have waited already: a job that has just come is looked at again and
+again, one that takes minutes only now and then.
+
     event: progress      what has changed: state, queue position, step, and a preview when there is a new one
     event: done          the last one: done, failed, cancelled or expired, with the whole job
 
@@ -29,6 +32,8 @@ ENDED = "ended"
 LIVE = frozenset({JobState.QUEUED, JobState.RUNNING})
 KEEP_ALIVE_S = 15.0
 _RETRY_MS = 1000
+_SHARE_OF_WAIT = 0.05
+_SOONEST_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,15 @@ class Sighting:
 
 
 class JobWatcher:
-    """Looks at all jobs that somebody follows in one go every `poll_s`, while there are any."""
+    """Looks at the jobs that somebody follows, at each after a twentieth of its age, at the latest every `poll_s`."""
 
     def __init__(self, store: JobStore, *, poll_s: float) -> None:
         self._store, self._poll_s = store, poll_s
         self._num_followers: Counter[str] = Counter()
         self._latest: dict[str, Sighting] = {}
-        self._looked = asyncio.Event()
+        self._due_s: dict[str, float] = {}
+        """When to look again, by the monotonic clock; 0 is at once."""
+        self._looked, self._joined = asyncio.Event(), asyncio.Event()
         self._poller: asyncio.Task[None] | None = None
 
     @property
@@ -56,6 +63,8 @@ class JobWatcher:
     async def follow(self, job_id: str, *, idle_s: float) -> AsyncGenerator[Sighting | None, None]:
         """Every change the poller sees, the state as it is now first; None when nothing changed for `idle_s`."""
         self._num_followers[job_id] += 1
+        self._due_s[job_id] = 0.0
+        self._joined.set()
         if self._poller is None or self._poller.done():
             self._poller = asyncio.create_task(self._poll())
         seen: Sighting | None = None
@@ -76,15 +85,27 @@ class JobWatcher:
         if not self._num_followers[job_id]:
             del self._num_followers[job_id]
             self._latest.pop(job_id, None)
+            self._due_s.pop(job_id, None)
 
     async def _poll(self) -> None:
         while self._num_followers:
+            self._joined.clear()
+            # Those that are due a moment later come along.
+            until_s = time.monotonic() + _SOONEST_S
             try:
-                await self._look(list(self._num_followers))
+                await self._look([job_id for job_id, due_s in self._due_s.items() if due_s <= until_s])
             except Exception:
                 # The streams outlive a database that is away for a while.
                 logger.exception("events: the job database does not answer; it is asked again")
-            await asyncio.sleep(self._poll_s)
+                await asyncio.sleep(self._poll_s)
+            pause_s = min(self._due_s.values(), default=0.0) - time.monotonic()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._joined.wait(), max(0.0, pause_s))
+
+    def _pause_s(self, job: Job | None) -> float:
+        """Until the next look at it. Clocks of machines differ a little, which makes it a little more or less."""
+        age_s = 0.0 if job is None else time.time() - job.submitted_at
+        return min(self._poll_s, max(_SOONEST_S, _SHARE_OF_WAIT * age_s))
 
     async def _look(self, job_ids: list[str]) -> None:
         jobs = await asyncio.to_thread(self._store.watch, job_ids)
@@ -92,7 +113,9 @@ class JobWatcher:
         positions = await asyncio.to_thread(self._store.queue_position, waiting) if waiting else {}
         for job_id in job_ids:
             if job_id in self._num_followers:
-                self._latest[job_id] = Sighting(jobs.get(job_id), positions.get(job_id))
+                job = jobs.get(job_id)
+                self._latest[job_id] = Sighting(job, positions.get(job_id))
+                self._due_s[job_id] = time.monotonic() + self._pause_s(job)
         looked, self._looked = self._looked, asyncio.Event()
         looked.set()
 

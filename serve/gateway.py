@@ -110,7 +110,7 @@ class GatewayConfig(StrictConfig):
     starts_from_zero: bool = False
     """Whether a job starts a replica where there is none, and the service is ready without; set by the application."""
     events_poll_s: PositiveFloat = 0.5
-    """Between looks at the jobs that event streams follow."""
+    """Longest time between looks at a job that an event stream follows; young ones are looked at sooner."""
     page: bool = True
     """Whether there is a web page at /."""
 

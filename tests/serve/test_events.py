@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -143,6 +143,21 @@ class CountingStore:
         return self.store.queue_position(job_ids)
 
 
+class AgedStore:
+    """Its jobs were submitted longer ago."""
+
+    def __init__(self, store: Any, age_s: float) -> None:
+        self.store, self.age_s = store, age_s
+
+    def watch(self, job_ids: Any) -> Any:
+        return {
+            k: replace(job, submitted_at=job.submitted_at - self.age_s) for k, job in self.store.watch(job_ids).items()
+        }
+
+    def queue_position(self, job_ids: Any) -> Any:
+        return self.store.queue_position(job_ids)
+
+
 async def test_all_streams_of_a_process_share_one_poller(connect: Any, store: Any, png: bytes) -> None:
     async with connect(CFG) as client:
         jobs = [store.get((await client.post("/v1/jobs", files={"picture": png})).json()["id"], None) for _ in range(3)]
@@ -165,6 +180,33 @@ async def test_all_streams_of_a_process_share_one_poller(connect: Any, store: An
     num_looks = counting.num_looks
     await asyncio.sleep(0.2)
     assert counting.num_looks == num_looks, "nobody watches any more"
+
+
+async def test_a_young_job_is_looked_at_again_and_again_and_an_old_one_now_and_then(
+    connect: Any, store: Any, png: bytes
+) -> None:
+    async with connect(CFG) as client:
+        job = store.get((await client.post("/v1/jobs", files={"picture": png})).json()["id"], None)
+
+    async def num_looks(age_s: float) -> int:
+        aged = CountingStore(AgedStore(store, age_s))
+        watcher = JobWatcher(aged, poll_s=0.5)  # type: ignore[arg-type]
+        async for _ in event_stream(watcher, job, Rates(), last_event_id="", longest_s=0.4, idle_s=0.05):
+            pass
+        return aged.num_looks
+
+    assert await num_looks(0.0) > 5
+    assert await num_looks(600.0) == 1
+
+
+async def test_who_begins_to_follow_need_not_wait_for_the_next_look(connect: Any, store: Any, png: bytes) -> None:
+    async with connect(CFG) as client:
+        jobs = [store.get((await client.post("/v1/jobs", files={"picture": png})).json()["id"], None) for _ in range(2)]
+    watcher = JobWatcher(AgedStore(store, 3600.0), poll_s=60.0)  # type: ignore[arg-type]
+    async with asyncio.timeout(20):
+        for job in jobs:
+            stream = event_stream(watcher, job, Rates(), last_event_id="", longest_s=20, idle_s=20)
+            assert [await anext(stream) for _ in range(2)][1].startswith(b"event: progress")
 
 
 async def test_a_stream_outlives_a_database_that_is_away(

@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/python pipelines/demo.py --out $(OUT)
 
 test: $(STAMP) programs
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 2
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder --reruns 2
 
 soak: $(STAMP) programs
 	$(BIN)/python -m pytest -m soak -s
@@ -37,7 +37,7 @@ format: $(STAMP)
 install: $(STAMP)
 
 programs:
-	tests/install_programs.sh
+	PYTHON=$(PYTHON) tests/install_programs.sh
 
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -6,7 +6,7 @@
 
 Both sides of each run in one process, in turns, after a warm-up. Prints a table and writes JSON.
 
-    python benchmarks/serving_throughput.py [--model nano] [--device cuda] [--small-px 128] [--rounds 5]
+    python benchmarks/serving_throughput.py [--model nano] [--device cuda] [--small-px 64] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def latency(engine: Engine, small_px: int, steps: int, rounds: int) -> dict[str,
 def main(
     model: str = "nano",
     device: str = "cpu",
-    small_px: int = 128,
+    small_px: int = 64,
     steps: int = 8,
     rounds: int = 5,
     threads: int = 1,
@@ -115,13 +115,14 @@ def main(
     torch.set_num_threads(threads)
     pipeline = FaithDiffPipeline.from_pretrained(model, device=device)
     engine = Engine(pipeline, EngineConfig())
-    rows = {
-        "throughput": throughput(pipeline, engine, small_px, steps, rounds),
-        "latency": latency(engine, small_px, steps, rounds),
-    }
+    rows = {}
+    for name, row in (
+        ("throughput", lambda: throughput(pipeline, engine, small_px, steps, rounds)),
+        ("latency", lambda: latency(engine, small_px, steps, rounds)),
+    ):
+        rows[name] = row()
+        print(f"{name:12}" + "  ".join(f"{key} {value:.3f}" for key, value in rows[name].items()), flush=True)
     engine.close()
-    for name, row in rows.items():
-        print(f"{name:12}" + "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()  # noqa: S607
     about = {"model": model, "device": device, "small_px": small_px, "steps": steps, "rounds": rounds, "commit": commit}
     about |= {"machine": platform.machine(), "threads": threads, "torch": torch.__version__}

@@ -58,7 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the tests: all that start a Ray go to one of them and come first, others go file by file.
+    """Processes share the tests: all that start a Ray go to one of them and come first, others go file by file.
 
     A file that names its own group has its reasons.
     """

@@ -5,9 +5,9 @@
 set -euo pipefail
 
 # The scanner of tests/infra has dependencies that ours do not go with: it has an environment of its own.
-if [ -x .venv/bin/python ] && [ ! -x .venv/scan/bin/checkov ]; then
-    .venv/bin/python -m venv .venv/scan
-    .venv/scan/bin/python -m pip install --quiet --disable-pip-version-check --requirement infra/scanner.txt
+if [ ! -x .venv/scan/bin/checkov ]; then
+    "${PYTHON:-python3}" -m venv .venv/scan
+    .venv/scan/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --requirement infra/scanner.txt
 fi
 
 missing=()

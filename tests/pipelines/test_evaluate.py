@@ -142,30 +142,37 @@ def test_what_is_half_done_is_finished_by_other_workers_to_the_identical_report(
 
 @pytest.mark.ray
 @pytest.mark.soak
-def test_killed_half_way_and_started_again_by_other_workers_the_report_is_identical(
-    undisturbed: Evaluation, photographs: Path, tmp_path: Path
+def test_killed_half_way_and_finished_by_other_workers_on_two_nodes_the_report_is_identical(
+    undisturbed: Evaluation, photographs: Path, tmp_path: Path, make_cluster: Callable[..., Any]
 ) -> None:
+    """Two restorers and two scorers find room on three CPUs of a node and one of the other at least."""
     report = tmp_path / "report"
     kill_half_way(photographs, report)
     assert not (report / "report.json").exists()
     restored = {path: path.stat().st_mtime_ns for path in (report / "cache" / "restored").glob("*.json")}
     assert 1 <= len(restored) < len(NAMES)
-    workers = {"restorers": 2, "scorers": 2, "num_cpus": 1.0}
-    evaluate(config(photographs, report, workers=workers))
+    workers = ["--workers.restorers", "2", "--workers.scorers", "2"]
+    job = start_job(photographs, report, *workers, ray_address=make_cluster(2, num_cpus=3).address)
+    assert job.wait(300) == 0
     assert_same_report(undisturbed.report, report)
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in restored.items()), "restored once"
 
 
-def kill_half_way(photographs: Path, report: Path) -> None:
-    """Starts the job in a process and a Ray of its own, and kills all of it after the first restored picture."""
+def start_job(photographs: Path, report: Path, *flags: str, ray_address: str = "") -> subprocess.Popen[bytes]:
+    """The command as its user types it, on a cluster or on a Ray of its own."""
     recipe = report.parent / "protocol.yaml"
     recipe.write_text(json.dumps({**read_recipe("protocol_table1_nano.yaml", job="test"), **SMALL}))
     command = [sys.executable, str(REPOSITORY_PATH / "pipelines" / "evaluate.py"), str(recipe), "--model", "nano"]
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY_PATH / 'platform'}{os.pathsep}{REPOSITORY_PATH}"}
     environment.pop("RAY_ADDRESS", None)
-    job = subprocess.Popen(
-        [*command, "--data", str(photographs), "--report", str(report)], env=environment, start_new_session=True
-    )
+    environment |= {"RAY_ADDRESS": ray_address} if ray_address else {}
+    places = ["--data", str(photographs), "--report", str(report)]
+    return subprocess.Popen([*command, *places, *flags], env=environment, start_new_session=True)
+
+
+def kill_half_way(photographs: Path, report: Path) -> None:
+    """Kills the job, and the Ray it has started, after the first restored picture."""
+    job = start_job(photographs, report)
     deadline_s = time.monotonic() + 200
     while not list((report / "cache" / "restored").glob("*.json")):
         assert job.poll() is None, "it ended by itself"

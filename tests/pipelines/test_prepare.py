@@ -214,14 +214,17 @@ def test_variants_groups_and_kept_parameters_reach_the_shards(
 
 
 @pytest.mark.ray
-def test_a_model_captions_every_crop_alike_for_1_2_and_4_workers_and_any_batch(
-    picture_folder: Path, tmp_path: Path, local_ray: None
+@pytest.mark.parametrize(
+    "splits", [((1, 1), (4, 8)), pytest.param(((1, 1), (2, 3), (3, 5), (4, 2)), marks=pytest.mark.soak)], ids=str
+)
+def test_a_model_captions_every_crop_alike_for_any_number_of_workers_and_any_batch(
+    picture_folder: Path, tmp_path: Path, local_ray: None, splits: tuple[tuple[int, int], ...]
 ) -> None:
     model = build_tiny_llava(tmp_path / "llava")
     caption = {"mode": "llava", "model": str(model), "dtype": "float32", "max_new_tokens": 8, "temperature": 1.0}
     settings = {"caption": caption, "samples_per_shard": 3, "degrade": {"variants": 2}}
     manifests = []
-    for workers, batch_size in ((1, 1), (2, 3), (4, 8)):
+    for workers, batch_size in splits:
         resources = {"num_cpus": 3 / workers, "caption_actors": workers, "caption_batch_size": batch_size}
         out = tmp_path / f"{workers}-{batch_size}"
         manifests.append(prepare(config(picture_folder, out, workers=resources, **settings)))

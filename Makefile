@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/python pipelines/demo.py --out $(OUT)
 
 test: $(STAMP) programs
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder --reruns 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --reruns 2
 
 soak: $(STAMP) programs
 	$(BIN)/python -m pytest -m soak -s

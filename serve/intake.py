@@ -141,8 +141,12 @@ class Intake:
 
         A picture larger than the limit itself is let in when nothing else is there.
         """
-        own = await asyncio.to_thread(self._store.backlog, key_id)
+        everybodys = await asyncio.to_thread(self._store.backlog)
         allowed = self._cfg.max_queued_megapixels_per_key
+        # What waits for one key is no more than what waits for all.
+        if everybodys.megapixels + megapixels <= min(allowed, self._cfg.max_queued_megapixels):
+            return
+        own = await asyncio.to_thread(self._store.backlog, key_id)
         if own.megapixels and own.megapixels + megapixels > allowed:
             detail = (
                 f"key: {own.megapixels:,.1f} megapixels of its jobs wait, {allowed:,g} are allowed; send this later"
@@ -150,7 +154,7 @@ class Intake:
             raise Problem(
                 429, "key-queue-full", detail, retry_after_s=await self._retry_after_s(own, megapixels, allowed)
             )
-        everybodys, allowed = await asyncio.to_thread(self._store.backlog), self._cfg.max_queued_megapixels
+        allowed = self._cfg.max_queued_megapixels
         if everybodys.megapixels and everybodys.megapixels + megapixels > allowed:
             detail = f"queue: {everybodys.megapixels:,.1f} megapixels wait, {allowed:,g} are allowed; send this later"
             raise Problem(

@@ -9,6 +9,8 @@ BIN    := $(VENV)/bin
 PINS   := $(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
 STAMP  := $(VENV)/.installed-$(PINS)
 OUT    ?= out/demo
+# Dozens of processes import the same modules: each compiling them again would take minutes.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test soak check bench format install programs clean
 
@@ -42,7 +44,7 @@ programs:
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

@@ -7,7 +7,7 @@ set -euo pipefail
 # The scanner of tests/infra has dependencies that ours do not go with: it has an environment of its own.
 if [ ! -x .venv/scan/bin/checkov ]; then
     "${PYTHON:-python3}" -m venv .venv/scan
-    .venv/scan/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --requirement infra/scanner.txt
+    .venv/scan/bin/python -m pip install --quiet --disable-pip-version-check --requirement infra/scanner.txt
 fi
 
 missing=()

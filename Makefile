@@ -41,10 +41,12 @@ install: $(STAMP)
 programs:
 	PYTHON=$(PYTHON) tests/install_programs.sh
 
+# Compiled on all cores, which pip does not use; some packages hold files that are no Python of today.
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	touch $@
 
 clean:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -70,6 +71,9 @@ class JobRun:
     snapshot_at_s: float = field(default_factory=time.monotonic)
     _snapshot_step: int = 0
     _preview_step: int = 0
+    _needs_no_snapshot: bool = False
+    _snapshot_lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while latents are stored or removed."""
 
     async def work(self) -> None:
         """Runs to the job's end. Raises only what the database or the storage raises while the end is written."""
@@ -108,9 +112,18 @@ class JobRun:
         """Lays the latents where another replica would go on from them."""
         self.snapshot_at_s = time.monotonic()
         state = None if self.ticket is None else self.ticket.snapshot()
-        if state is not None and state.step > self._snapshot_step and not self.is_lost:
+        with self._snapshot_lock:
+            if state is None or state.step <= self._snapshot_step or self.is_lost or self._needs_no_snapshot:
+                return
             self.around.storage.write_bytes_atomic(_snapshot_name(self.job), state.to_bytes())
             self._snapshot_step = state.step
+
+    def _remove_snapshot(self) -> None:
+        """Waits for one that is being stored: nothing may come after."""
+        with self._snapshot_lock:
+            self._needs_no_snapshot = True
+            if self._snapshot_step or self.job.attempt > 1:
+                self.around.storage.delete(_snapshot_name(self.job))
 
     async def hand_over(self) -> None:
         """Back to the queue, with the latents so far: whoever claims it next goes on from them."""
@@ -188,8 +201,8 @@ class JobRun:
         if not finished:
             logger.warning("claims: job %s: the result of attempt %s came too late", job.id, job.attempt)
             await asyncio.to_thread(around.storage.delete, result.name)
-        elif self._snapshot_step or job.attempt > 1:
-            await asyncio.to_thread(around.storage.delete, _snapshot_name(job))
+        else:
+            await asyncio.to_thread(self._remove_snapshot)
         return finished
 
     async def _end(self, error: Exception) -> None:

@@ -11,7 +11,7 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
     RAY_USAGE_STATS_ENABLED="0",
-    # By default workers give way to everything else, and beside two busy tests they would hardly ever run.
+    # Also where Ray is imported first: beside two busy tests, workers that give way would hardly ever run.
     RAY_worker_niceness="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="60",

@@ -138,11 +138,11 @@ def checked(cfg: EvaluateConfig) -> EvaluateConfig:
 
 def find_model(uri: str) -> Model:
     """The model, looked up and digested; an alias becomes the version it names now."""
+    if not uri:
+        return Model()
     from pipelines.training.export import model_digest
     from pipelines.training.start_model import local_model
 
-    if not uri:
-        return Model()
     if uri.startswith("models:"):
         version = resolve_model(uri).version
         return Model(f"models:/{version}", version, model_digest(uri))

@@ -34,10 +34,10 @@ from sr_platform.observability import configure_logging
 from sr_platform.ownership import owned
 from sr_platform.tracking import Tracking, tracking_uri
 
+# export, request and stages import PyTorch and diffusers, for which neither --help nor a wrong flag should wait.
 if TYPE_CHECKING:
     from pipelines.training.request import Request
 
-# Request and stages import PyTorch and diffusers, for which neither --help nor a wrong flag should wait.
 logger = logging.getLogger("pipelines.train")
 
 

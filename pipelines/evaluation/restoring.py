@@ -111,13 +111,7 @@ class Restore:
 
     @cached_property
     def pipeline(self) -> FaithDiffPipeline:
-        # diffusers takes seconds to import; whoever only scores pictures, or asks for help, never pays for it.
-        from faithdiff.pipeline import FaithDiffPipeline
-        from pipelines.training.start_model import DTYPES, local_model
-
-        device = "cuda" if self.cfg.workers.restorer_num_gpus else "cpu"
-        dtype = DTYPES[self.cfg.restoration.precision]
-        return FaithDiffPipeline.from_pretrained(local_model(self.model), dtype=dtype, device=device)
+        return load_pipeline(self.cfg, self.model)
 
     def _denoised(self, restoration: Restoration) -> float:
         """All steps; returns their seconds, with the device idle before and after."""
@@ -133,6 +127,17 @@ class Restore:
     def _wait_for_device(self) -> None:
         if self.pipeline.device.type == "cuda":
             torch.cuda.synchronize(self.pipeline.device)
+
+
+def load_pipeline(cfg: EvaluateConfig, model: str) -> FaithDiffPipeline:
+    """`model` at the protocol's precision, on the restorers' device."""
+    # diffusers takes seconds to import; whoever only scores pictures, or asks for help, never pays for it.
+    from faithdiff.pipeline import FaithDiffPipeline
+    from pipelines.training.start_model import DTYPES, local_model
+
+    device = "cuda" if cfg.workers.restorer_num_gpus else "cpu"
+    dtype = DTYPES[cfg.restoration.precision]
+    return FaithDiffPipeline.from_pretrained(local_model(model), dtype=dtype, device=device)
 
 
 def restoration_key(restoration: RestorationConfig, model_digest: str, loaded: Loaded) -> str:

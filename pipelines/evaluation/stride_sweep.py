@@ -22,7 +22,7 @@ from faithdiff.seams import seam_against_whole, seam_score, tile_borders
 from faithdiff.tiling import CELL_PX, TilePlan
 from pipelines.evaluation.pictures import Loaded, list_pictures, load
 from pipelines.evaluation.protocol import EvaluateConfig
-from pipelines.evaluation.restoring import picture_seed
+from pipelines.evaluation.restoring import load_pipeline, picture_seed
 from sr_platform.config import load_config
 from sr_platform.errors import ConfigError
 
@@ -84,7 +84,7 @@ def sweep(cfg: SweepConfig) -> list[StrideResult]:
     if not cfg.model:
         raise ConfigError("model: required, and missing; give a preset, a folder or models:/name@alias")
     pictures = [load(picture, cfg) for picture in list_pictures(cfg)[: cfg.num_pictures]]
-    pipeline = load_pipeline(cfg)
+    pipeline = load_pipeline(cfg, cfg.model)
     tiled = [p for p in pictures if max(p.lq.shape[:2]) * cfg.restoration.scale > cfg.restoration.tile_px]
     if not tiled:
         raise ConfigError(
@@ -114,15 +114,6 @@ def strides_of(cfg: SweepConfig) -> list[int]:
             f"strides_px: got {', '.join(map(str, wrong))}; a stride is a multiple of {CELL_PX} up to tile_px={tile_px}"
         )
     return strides
-
-
-def load_pipeline(cfg: SweepConfig) -> FaithDiffPipeline:
-    from faithdiff.pipeline import FaithDiffPipeline
-    from pipelines.training.start_model import DTYPES, local_model
-
-    device = "cuda" if cfg.workers.restorer_num_gpus else "cpu"
-    dtype = DTYPES[cfg.restoration.precision]
-    return FaithDiffPipeline.from_pretrained(local_model(cfg.model), dtype=dtype, device=device)
 
 
 def try_stride(

@@ -27,7 +27,8 @@ def schemas_path() -> Path | None:
     return next((path for path in candidates if path.is_dir()), None)
 
 
-NO_SCHEMAS = pytest.mark.skipif(schemas_path() is None, reason="the schemas of KubeRay and Karpenter are not at hand")
+NO_SCHEMAS_REASON = "no shared/crds: schemas of KubeRay and Karpenter are no part of this repository, nor of a package"
+NO_SCHEMAS = pytest.mark.skipif(schemas_path() is None, reason=NO_SCHEMAS_REASON)
 
 
 def load_all(text: str) -> list[dict[str, Any]]:

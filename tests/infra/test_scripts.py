@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from fake_kubernetes import Cluster, running
-from manifests import Schemas, schemas_path
+from manifests import NO_SCHEMAS_REASON, Schemas, schemas_path
 
 from sr_platform.cluster import REPOSITORY_PATH
 
@@ -116,7 +116,7 @@ def kubeconfig(url: str) -> dict[str, Any]:
 @pytest.fixture
 def deployment(infra_copy: Any, facts: dict[str, Any]) -> Iterator[Deployment]:
     if schemas_path() is None:
-        pytest.skip("the schemas of KubeRay and Karpenter are not at hand")
+        pytest.skip(NO_SCHEMAS_REASON)
     with running(Schemas(schemas_path())) as (url, cluster):
         infra_copy.stand_in_outputs("dev", facts["dev"]["node_pools_yaml"])
         yield Deployment(infra_copy, url, cluster)

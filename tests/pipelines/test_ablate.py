@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from faithdiff import FaithDiffPipeline
-from faithdiff.loss import PARTS
+from faithdiff.parts import PARTS
 from pipelines import ablate
 from pipelines.ablate import PAPER_ROWS, AblateConfig, PlannedRow
 from pipelines.train import TrainResult, train

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import os
 import re
+import select
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -183,9 +185,15 @@ def describe_errors(cls: type[pydantic.BaseModel], error: pydantic.ValidationErr
 
 
 def run_job(main: Callable[[Sequence[str]], None], *, user_errors: tuple[type[ValueError], ...] = ()) -> None:
-    """Runs a job's `main(argv)` and exits: 0 done, 2 the request was wrong (one line, no traceback), 1 it failed."""
+    """Runs a job's `main(argv)` and exits: 0 done, 2 the request was wrong (one line, no traceback), 1 it failed.
+
+    141, in silence, where nobody reads its output any more: `--help | head`.
+    """
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
     except ValueError as error:
         if not isinstance(error, (RequestError, *user_errors)):
             raise
@@ -193,6 +201,19 @@ def run_job(main: Callable[[Sequence[str]], None], *, user_errors: tuple[type[Va
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        if not _has_no_reader():
+            raise
+        # Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _has_no_reader() -> bool:
+    """Whether it is the standard output that nobody reads, and not some connection of the job."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _usage(job: str, *, recipe: bool) -> str:

@@ -374,13 +374,17 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def job_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("job") / "count.py"
     path.write_text(JOB)
+    return path
 
+
+@pytest.fixture(scope="module")
+def run(job_path):
     def start(*argv):
         environment = {**os.environ, "COLUMNS": "200"}
-        return subprocess.run([sys.executable, path, *argv], capture_output=True, text=True, env=environment)
+        return subprocess.run([sys.executable, job_path, *argv], capture_output=True, text=True, env=environment)
 
     return start
 
@@ -388,6 +392,15 @@ def run(tmp_path_factory):
 def test_a_job_that_did_its_work_exits_with_0(run):
     done = run("--steps", "3")
     assert (done.returncode, done.stdout, done.stderr) == (0, "counted 3\n", "")
+
+
+@pytest.mark.parametrize("argv", [("--help",), ("--steps", "3")])
+def test_a_reader_that_has_seen_enough_ends_the_job_in_silence(job_path, argv):
+    job = subprocess.Popen([sys.executable, job_path, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    job.stdout.close()
+    assert job.stderr.read() == b""
+    job.stderr.close()
+    assert job.wait(60) == 141
 
 
 @pytest.mark.parametrize("argv", [("--steps", "0"), ("--step-count", "1"), ("missing.yaml",), ("--end", "unusable")])

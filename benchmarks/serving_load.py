@@ -1,8 +1,8 @@
 """The whole service over HTTP on Ray Serve: what it adds, what a large picture costs a small one, a storm.
 
 1. Overhead: a small picture through `FaithDiffPipeline` in this process, by a direct call of the replica (Serve's
-   handle), through POST /v1/upscale, and as a job until its `done` event; in turns. Gateway and queue may add 20 ms to
-   the replica's answer at the median.
+   handle), through POST /v1/upscale, and as a job until its `done` event, with the parts of that; in turns. The gateway
+   may add 20 ms to the replica's answer at the median.
 2. Fairness: a small job on an idle service, and behind a job with 64 times its pixels; median and 99th percentile.
 3. Load: 200 jobs of mixed sizes from 16 clients; pictures per second, waits by size, what was refused or failed.
 
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from sr_platform import cluster
 from ray import serve  # isort: skip
 from serve.app import ServeConfig, build_app  # isort: skip
 from serve.form import UpscaleRequest  # isort: skip
+from serve.jobs import JobStore  # isort: skip
 
 _SEED = 3
 
@@ -72,24 +74,42 @@ def service(folder: Path, tile_px: int, replicas: int, port: int) -> Iterator[ht
 def job_s(client: httpx.Client, picture: bytes, fields: dict[str, str]) -> float:
     """Seconds from before the upload to the event that says done."""
     start_s = time.perf_counter()
+    run_job(client, picture, fields)
+    return time.perf_counter() - start_s
+
+
+def job_parts_s(client: httpx.Client, jobs: JobStore, picture: bytes, fields: dict[str, str]) -> dict[str, float]:
+    """Seconds until the job is accepted, until a replica has it, until its result is stored, until the event of it."""
+    times = [time.time()]
+    job = jobs.get(run_job(client, picture, fields), None)
+    assert job is not None
+    assert job.started_at is not None
+    assert job.ended_at is not None
+    times += [job.submitted_at, job.started_at, job.ended_at, time.time()]
+    return {name: b - a for name, (a, b) in zip(("accept", "queue", "work", "tell"), pairwise(times), strict=True)}
+
+
+def run_job(client: httpx.Client, picture: bytes, fields: dict[str, str]) -> str:
+    """The job's id, when the event has come that says done."""
     job = client.post("/v1/jobs", files={"picture": picture}, data=fields).raise_for_status().json()
     with client.stream("GET", f"/v1/jobs/{job['id']}/events") as stream:
         for line in stream.iter_lines():
             if line.startswith("event: ") and line != "event: progress":
                 assert line == "event: done", line
-    return time.perf_counter() - start_s
+    return str(job["id"])
 
 
-def overhead(client: httpx.Client, small_px: int, fields: dict[str, str], tile_px: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds, medians of runs in turns."""
+def overhead(
+    client: httpx.Client, jobs: JobStore, small_px: int, fields: dict[str, str], tile_px: int, rounds: int
+) -> dict[str, Any]:
+    """Milliseconds, medians of runs in turns. One step each: what is added does not depend on how long a model takes,
+    and how unsteady the machine is does.
+    """
     pipeline = FaithDiffPipeline.from_pretrained("nano")
     picture = png(small_px, small_px)
-    settings = {
-        "scale": 1,
-        "num_inference_steps": int(fields["num_inference_steps"]),
-        "seed": _SEED,
-        "tile_px": tile_px,
-    }
+    settings = {"scale": 1, "num_inference_steps": 1, "seed": _SEED, "tile_px": tile_px}
+    fields = {**fields, "num_inference_steps": "1"}
+    parts: list[dict[str, float]] = []
 
     def direct() -> None:
         pipeline(np.asarray(Image.open(BytesIO(picture))), **settings)
@@ -98,21 +118,21 @@ def overhead(client: httpx.Client, small_px: int, fields: dict[str, str], tile_p
         client.post("/v1/upscale", files={"picture": picture}, data=fields).raise_for_status()
 
     replica = serve.get_deployment_handle("Restorer", "faithdiff")
-    request = UpscaleRequest(scale=1, num_inference_steps=settings["num_inference_steps"], seed=_SEED)
+    request = UpscaleRequest(scale=1, num_inference_steps=1, seed=_SEED)
     pixels = np.asarray(Image.open(BytesIO(picture)))
     ways: dict[str, Callable[[], Any]] = {
         "direct": direct,
         "replica": lambda: replica.restore.remote(pixels, request, None).result(),
         "upscale": upscale,
-        "job": lambda: job_s(client, picture, fields),
+        "job": lambda: parts.append(job_parts_s(client, jobs, picture, fields)),
     }
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 3):
+    for _ in range(rounds + 3):
         for name, way in ways.items():
             start_s = time.perf_counter()
             way()
-            if number >= 3:
-                taken[name].append(1e3 * (time.perf_counter() - start_s))
+            taken[name].append(1e3 * (time.perf_counter() - start_s))
+    taken = {name: values[3:] for name, values in taken.items()}
     medians = {f"{name}_ms": statistics.median(values) for name, values in taken.items()}
     added = {
         f"{name}_adds_ms": statistics.median(
@@ -120,7 +140,8 @@ def overhead(client: httpx.Client, small_px: int, fields: dict[str, str], tile_p
         )
         for name in ("upscale", "job")
     }
-    return {**medians, **added}
+    of_job = {f"job_{name}_ms": 1e3 * statistics.median(part[name] for part in parts[3:]) for name in parts[0]}
+    return {**medians, **added, **of_job}
 
 
 def fairness(client: httpx.Client, small_px: int, fields: dict[str, str], rounds: int) -> dict[str, Any]:
@@ -192,7 +213,7 @@ def main(
     fields = {"scale": "1", "num_inference_steps": str(steps), "seed": str(_SEED)}
     with tempfile.TemporaryDirectory() as folder, service(Path(folder), tile_px, replicas, port) as client:
         rows = {
-            "overhead": overhead(client, small_px, fields, tile_px, rounds),
+            "overhead": overhead(client, JobStore(f"sqlite:///{folder}/jobs.db"), small_px, fields, tile_px, rounds),
             "fairness": fairness(client, small_px, fields, rounds),
             **({"load": load(client, small_px, fields, jobs, clients)} if jobs else {}),
         }

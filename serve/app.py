@@ -62,6 +62,10 @@ def build_app(cfg: ServeConfig | Mapping[str, Any]) -> Application:
     return application
 
 
+# Every request has a line of the gateway's own, with its ids.
+_LOGGING = {"enable_access_log": False}
+
+
 def _restorers(cfg: RestorerConfig, gateway: GatewayConfig) -> Any:
     most = cfg.engine.max_entries + _SPARE_CALLS
     return serve.deployment(
@@ -74,6 +78,7 @@ def _restorers(cfg: RestorerConfig, gateway: GatewayConfig) -> Any:
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
         health_check_timeout_s=60,
+        logging_config=_LOGGING,
     )(ServedRestorer)
 
 
@@ -84,6 +89,7 @@ def _gateways(cfg: GatewayConfig) -> Any:
         max_ongoing_requests=200,
         ray_actor_options=_actor_options(0.5, 0.0),
         graceful_shutdown_wait_loop_s=0.5,
+        logging_config=_LOGGING,
     )(serve.ingress()(ServedGateway))
 
 

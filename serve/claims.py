@@ -11,13 +11,15 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from serve.changes import ChangeFeed
 from serve.job_run import JobRun, Surroundings
+from serve.jobs import Heartbeat
 from serve.measurements import count_takeover, observe_queue
 from serve.tracing import Trace, entered, span
 from sr_platform.config import StrictConfig
@@ -32,7 +34,7 @@ class ClaimConfig(StrictConfig):
     """How a replica takes jobs, and how soon others take over when it is gone."""
 
     poll_s: PositiveFloat = 0.5
-    """Between looks for new jobs, where nobody wakes the replica."""
+    """Between looks for new jobs where no change in the job database is heard of."""
     heartbeat_s: PositiveFloat = 0.5
     """Between signs of life; progress and cancellations travel with them."""
     lease_s: PositiveFloat = 15.0
@@ -56,6 +58,7 @@ class JobRunner:
         self._runs: dict[str, JobRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
+        self._feed: ChangeFeed | None = None
         self._wake = asyncio.Event()
         self._is_paused = False
         self._renewed_s = time.monotonic()
@@ -67,10 +70,7 @@ class JobRunner:
     def start(self) -> None:
         """Begins to claim; call it in the event loop."""
         self._loops = [asyncio.create_task(loop()) for loop in (self._claims, self._heartbeats, self._snapshots)]
-
-    def wake(self) -> None:
-        """There may be a new job."""
-        self._wake.set()
+        self._feed = ChangeFeed(self._around.store, self._wake.set)
 
     async def pause(self) -> None:
         """Claims nothing more; returns when what is in hand is done."""
@@ -80,7 +80,7 @@ class JobRunner:
 
     def resume(self) -> None:
         self._is_paused = False
-        self.wake()
+        self._wake.set()
 
     async def stop(self, grace_s: float) -> None:
         """Lets what is in hand end within `grace_s`; the rest goes back to the queue with its latents, for others."""
@@ -90,6 +90,8 @@ class JobRunner:
         await asyncio.gather(*(self._guarded("handing over", run.hand_over) for run in list(self._runs.values())))
         for task in self._loops:
             task.cancel()
+        if self._feed is not None:
+            self._feed.close()
 
     async def _claims(self) -> None:
         while True:
@@ -126,9 +128,8 @@ class JobRunner:
             return None
         load = model.engine.load()
         if load.entries == 0 and load.failure is None:
-            others = await asyncio.to_thread(self._around.largest_megapixels)
             # What fits nowhere has to be claimed once, so that its owner is told.
-            return math.inf if load.max_megapixels >= others else load.free_megapixels
+            return math.inf if load.max_megapixels >= self._around.largest_megapixels() else load.free_megapixels
         free = load.free_megapixels * (1 - self._cfg.reserve)
         return free if free > 0 else None
 
@@ -143,7 +144,7 @@ class JobRunner:
         finally:
             # What could not be told keeps its lease until that runs out, and is taken up again then.
             self._runs.pop(job.id, None)
-            self.wake()
+            self._wake.set()
 
     async def _heartbeats(self) -> None:
         while True:
@@ -168,13 +169,16 @@ class JobRunner:
 
     async def _beat(self) -> None:
         started_s = time.monotonic()
-        progress = [run.progress() for run in self._runs.values()]
-        beat = await asyncio.to_thread(self._around.store.heartbeat, self._around.owner, progress, self._cfg.lease_s)
+        beat = await asyncio.to_thread(self._tell, list(self._runs.values()))
         self._renewed_s = started_s
         for job_id in beat.cancelled:
             if (run := self._runs.get(job_id)) is not None:
                 run.cancel()
         self._give_up(beat.lost, "another replica has it")
+
+    def _tell(self, runs: Sequence[JobRun]) -> Heartbeat:
+        """In a thread: previews have to be encoded."""
+        return self._around.store.heartbeat(self._around.owner, [run.progress() for run in runs], self._cfg.lease_s)
 
     def _give_up(self, job_ids: Iterable[str], why: str) -> None:
         for job_id in job_ids:

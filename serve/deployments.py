@@ -39,7 +39,6 @@ class RestorerHandle:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
-        self._waking: asyncio.Task[None] | None = None
 
     async def restore(self, lq: np.ndarray, request: UpscaleRequest) -> RestoredPicture:
         for tries_left in reversed(range(_TRIES)):
@@ -53,17 +52,6 @@ class RestorerHandle:
             else:
                 return restored
         raise AssertionError("unreachable")
-
-    def wake(self) -> None:
-        """One call at a time: while there is no replica, it waits for the first."""
-        if self._waking is None or self._waking.done():
-            self._waking = asyncio.create_task(self._wake())
-
-    async def _wake(self) -> None:
-        try:
-            await _result(self._handle.wake.remote())
-        except Unavailable as error:
-            logger.debug("restorer: not woken: %s", error)
 
 
 class ServedGateway(Gateway):
@@ -100,9 +88,6 @@ class ServedRestorer:
 
     async def restore(self, lq: np.ndarray, request: UpscaleRequest, trace: Trace | None) -> RestoredPicture:
         return await self._replica.restore(lq, request, trace)
-
-    async def wake(self) -> None:
-        await self._replica.wake()
 
     async def check_health(self) -> None:
         """Serve starts a new process where this raises."""

@@ -51,7 +51,7 @@ class EngineConfig(StrictConfig):
     max_entries: PositiveInt = 32
     """Pictures in hand at most."""
     preview_every_s: NonNegativeFloat = 1.0
-    """Between previews of a picture, at least; they are made only when asked for."""
+    """Before a picture's first preview and between them, at least; they are made only when asked for."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
-"""A job's progress as server-sent events; all streams of a process share one poller of the store.
+"""A job's progress as server-sent events; all streams of a process share one watcher of the store.
 
-Nobody waits for an event much longer than they have waited already: a job that has just come is looked at again and
-again, one that takes minutes only now and then.
+It looks when somebody has written to the job database, and now and then without having heard of anything.
 
     event: progress      what has changed: state, queue position, step, and a preview when there is a new one
     event: done          the last one: done, failed, cancelled or expired, with the whole job
@@ -21,6 +20,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 
+from serve.changes import ChangeFeed
 from serve.estimate import Rates
 from serve.job_json import job_json, progress_of
 from serve.jobs import Job, JobState, JobStore
@@ -32,41 +32,38 @@ ENDED = "ended"
 LIVE = frozenset({JobState.QUEUED, JobState.RUNNING})
 KEEP_ALIVE_S = 15.0
 _RETRY_MS = 1000
-_SHARE_OF_WAIT = 0.05
-_SOONEST_S = 0.02
+# Between looks, however much is written.
+_REST_S = 0.01
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """A job as the poller saw it, None when it is gone, and the number of jobs before it."""
+    """A job as the watcher saw it, None when it is gone, and the number of jobs before it."""
 
     job: Job | None
     position: int | None
 
 
 class JobWatcher:
-    """Looks at the jobs that somebody follows, at each after a twentieth of its age, at the latest every `poll_s`."""
+    """Looks at the jobs that somebody follows after every change in the store, at the latest every `poll_s`."""
 
     def __init__(self, store: JobStore, *, poll_s: float) -> None:
         self._store, self._poll_s = store, poll_s
         self._num_followers: Counter[str] = Counter()
         self._latest: dict[str, Sighting] = {}
-        self._due_s: dict[str, float] = {}
-        """When to look again, by the monotonic clock; 0 is at once."""
-        self._looked, self._joined = asyncio.Event(), asyncio.Event()
-        self._poller: asyncio.Task[None] | None = None
+        self._looked, self._changed = asyncio.Event(), asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
 
     @property
     def num_streams(self) -> int:
         return self._num_followers.total()
 
     async def follow(self, job_id: str, *, idle_s: float) -> AsyncGenerator[Sighting | None, None]:
-        """Every change the poller sees, the state as it is now first; None when nothing changed for `idle_s`."""
+        """Every change the watcher sees, the state as it is now first; None when nothing changed for `idle_s`."""
         self._num_followers[job_id] += 1
-        self._due_s[job_id] = 0.0
-        self._joined.set()
-        if self._poller is None or self._poller.done():
-            self._poller = asyncio.create_task(self._poll())
+        self._changed.set()
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._watch())
         seen: Sighting | None = None
         try:
             while True:
@@ -85,27 +82,26 @@ class JobWatcher:
         if not self._num_followers[job_id]:
             del self._num_followers[job_id]
             self._latest.pop(job_id, None)
-            self._due_s.pop(job_id, None)
 
-    async def _poll(self) -> None:
-        while self._num_followers:
-            self._joined.clear()
-            # Those that are due a moment later come along.
-            until_s = time.monotonic() + _SOONEST_S
-            try:
-                await self._look([job_id for job_id, due_s in self._due_s.items() if due_s <= until_s])
-            except Exception:
-                # The streams outlive a database that is away for a while.
-                logger.exception("events: the job database does not answer; it is asked again")
-                await asyncio.sleep(self._poll_s)
-            pause_s = min(self._due_s.values(), default=0.0) - time.monotonic()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._joined.wait(), max(0.0, pause_s))
+    async def _watch(self) -> None:
+        feed = ChangeFeed(self._store, self._changed.set)
+        try:
+            while self._num_followers:
+                self._changed.clear()
+                await self._look_if_possible()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), self._poll_s)
+        finally:
+            feed.close()
 
-    def _pause_s(self, job: Job | None) -> float:
-        """Until the next look at it. Clocks of machines differ a little, which makes it a little more or less."""
-        age_s = 0.0 if job is None else time.time() - job.submitted_at
-        return min(self._poll_s, max(_SOONEST_S, _SHARE_OF_WAIT * age_s))
+    async def _look_if_possible(self) -> None:
+        try:
+            await self._look(list(self._num_followers))
+            await asyncio.sleep(_REST_S)
+        except Exception:
+            # The streams outlive a database that is away for a while.
+            logger.exception("events: the job database does not answer; it is asked again")
+            await asyncio.sleep(self._poll_s)
 
     async def _look(self, job_ids: list[str]) -> None:
         jobs = await asyncio.to_thread(self._store.watch, job_ids)
@@ -113,9 +109,7 @@ class JobWatcher:
         positions = await asyncio.to_thread(self._store.queue_position, waiting) if waiting else {}
         for job_id in job_ids:
             if job_id in self._num_followers:
-                job = jobs.get(job_id)
-                self._latest[job_id] = Sighting(job, positions.get(job_id))
-                self._due_s[job_id] = time.monotonic() + self._pause_s(job)
+                self._latest[job_id] = Sighting(jobs.get(job_id), positions.get(job_id))
         looked, self._looked = self._looked, asyncio.Event()
         looked.set()
 
@@ -124,7 +118,6 @@ async def event_stream(
     watcher: JobWatcher, job: Job, rates: Rates, *, last_event_id: str, longest_s: float, idle_s: float = KEEP_ALIVE_S
 ) -> AsyncGenerator[bytes, None]:
     """The events of `job` up to its end, or for `longest_s`; clients come back by themselves then."""
-    yield f"retry: {_RETRY_MS}\n\n".encode()
     ends_s, told, last = time.monotonic() + longest_s, "", job
     async with aclosing(watcher.follow(job.id, idle_s=idle_s)) as sightings:
         async for sighting in sightings:
@@ -164,4 +157,4 @@ def _progress(job: Job, position: int | None, told: str) -> str:
 
 
 def _event(name: str, event_id: str, data: str) -> bytes:
-    return f"event: {name}\nid: {event_id}\ndata: {data}\n\n".encode()
+    return f"event: {name}\nid: {event_id}\nretry: {_RETRY_MS}\ndata: {data}\n\n".encode()

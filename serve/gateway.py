@@ -124,9 +124,6 @@ class RestorerClient(Protocol):
 
     async def restore(self, lq: np.ndarray, request: UpscaleRequest) -> RestoredPicture: ...
 
-    def wake(self) -> None:
-        """There is a new job: a replica may look at once. Returns without waiting."""
-
 
 class Gateway:
     """The endpoints, as methods."""
@@ -146,7 +143,6 @@ class Gateway:
             watcher=JobWatcher(store, poll_s=cfg.events_poll_s),
             rates=cfg.rates,
             ttl_s=cfg.job_ttl_s,
-            wake=restorer.wake,
         )
 
     async def upscale(self, request: Request) -> Response:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -50,7 +50,7 @@ class Guest:
     failure: BaseException | None = None
     is_alone: bool = False
     wants_preview: bool = False
-    previewed_at_s: float = -math.inf
+    previewed_at_s: float = field(default_factory=time.perf_counter)
     preview: Image.Image | None = None
     team: Team | None = None
     away: frozenset[int] = frozenset()

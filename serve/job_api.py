@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
 from typing import Annotated, Any
 from weakref import WeakValueDictionary
 
@@ -49,11 +48,10 @@ class JobEndpoints:
         watcher: JobWatcher,
         rates: Rates,
         ttl_s: float,
-        wake: Callable[[], None],
     ) -> None:
         self._store, self._storage, self._intake, self._access = store, storage, intake, access
         self._webhooks, self._watcher, self._rates = webhooks, watcher, rates
-        self._ttl_s, self._wake = ttl_s, wake
+        self._ttl_s = ttl_s
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def submit(self, request: Request) -> Response:
@@ -174,9 +172,7 @@ class JobEndpoints:
         except KeyReused as error:
             await asyncio.to_thread(self._storage.delete, new.input_name)
             raise _key_reused() from error
-        if is_new:
-            self._wake()
-        else:
+        if not is_new:
             await asyncio.to_thread(self._storage.delete, new.input_name)
         return job, is_new
 
@@ -325,7 +321,7 @@ _EVENT_STREAM: dict[int | str, dict[str, Any]] = {
         "content": {
             "text/event-stream": {
                 "schema": _EVENT,
-                "example": 'event: progress\nid: -1.denoise.7.\ndata: {"state": "running", "step": 7}\n\n',
+                "example": 'event: progress\nid: -1.denoise.7.\nretry: 1000\ndata: {"state": "running", "step": 7}\n\n',
             }
         },
     },

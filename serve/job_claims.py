@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, bindparam, case, exists, func, or_, select, update
+from sqlalchemy import Connection, Double, Row, Select, Update, and_, bindparam, case, exists, func, or_, select, update
 from sqlalchemy.sql import ColumnElement
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from serve.database import Database, now_of
 from serve.job_records import Heartbeat, Job, JobState, Progress, ResultFile
-from serve.job_rows import IS_WAITING, end, held_by, is_lost, job_of
+from serve.job_rows import END_HELD, END_ONE, IS_HELD, IS_IT, IS_LOST, IS_WAITING, NOW_S, end, job_of
 from serve.job_tables import jobs
 from serve.problems import Problem
 
@@ -42,30 +43,39 @@ class JobClaims(Database):
         How large an owner's room was at most since it had nothing in hand tells what would fit into it.
         """
         with self._reading() as transaction:
-            now_s = now_of(transaction)
+            values: dict[str, Any] = {
+                "now_s_": now_of(transaction),
+                "room_": max_megapixels,
+                "max_lost_": self._max_lost_attempts,
+            }
             capacity = self._capacity(transaction, owner, max_megapixels)
-            too_large = self._waited_long_enough(transaction, owner, max_megapixels, capacity, now_s)
-            fits = and_(jobs.c.megapixels <= max_megapixels, _before(too_large))
-            if not _any(transaction, and_(_free(now_s), fits), self._abandoned(now_s)) and too_large is None:
+            too_large = self._waited_long_enough(transaction, owner, max_megapixels, capacity, values["now_s_"])
+            fits = _FITS if too_large is None else and_(_FITS, _before(too_large))
+            look = _LOOK if too_large is None else _looking(fits)
+            is_any_waiting, is_any_lost = transaction.execute(look, values).one()
+            if not is_any_waiting and not is_any_lost and too_large is None:
                 return []
         with self._writing() as transaction:
-            now_s = now_of(transaction)
-            self._end_abandoned(transaction, now_s)
+            values |= {"now_s_": now_of(transaction), "owner_": owner, "lease_s_": lease_s}
             if too_large is not None:
-                _reserve(transaction, too_large.id, owner, now_s, lease_s)
-            return _claimed(transaction, owner, fits, now_s, lease_s, max_megapixels, max_jobs)
+                _reserve(transaction, too_large.id, owner, values["now_s_"], lease_s)
+            if is_any_lost:
+                _end_abandoned(transaction, values)
+                return _claimed(transaction, [_choosing(IS_LOST, fits), _choosing(IS_WAITING, fits)], values, max_jobs)
+            return _claimed(
+                transaction, [_CHOOSE if too_large is None else _choosing(IS_WAITING, fits)], values, max_jobs
+            )
 
     def heartbeat(self, owner: str, progress: Sequence[Progress], lease_s: float) -> Heartbeat:
         """Renews the leases of the jobs in `progress` and tells how far they are."""
         with self._writing() as transaction:
             lease_until = now_of(transaction) + lease_s
-            for has_preview in (True, False):
+            for statement, has_preview in ((_TELL_PREVIEW, True), (_TELL, False)):
                 told = [_values(one) for one in progress if (one.preview is not None) is has_preview]
                 if told:
                     values = {"owner_": owner, "lease_until_": lease_until}
-                    transaction.execute(_progress_statement(has_preview), [{**one, **values} for one in told])
-            wanted = select(jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested).where(_is_in_hand_of(owner))
-            held = transaction.execute(wanted).all()
+                    transaction.execute(statement, [{**one, **values} for one in told])
+            held = transaction.execute(_IN_HAND, {"owner_": owner}).all()
         lost = {(one.job_id, one.attempt) for one in progress} - {(row.id, row.attempt) for row in held}
         return Heartbeat({row.id for row in held if row.cancel_requested}, {job_id for job_id, _ in lost})
 
@@ -90,7 +100,6 @@ class JobClaims(Database):
             model_version=model_version,
             manifest_digest=manifest_digest,
             device_seconds=device_seconds,
-            step=jobs.c.num_steps,
         )
 
     def fail(self, job_id: str, owner: str, attempt: int, problem: dict[str, Any]) -> bool:
@@ -103,35 +112,25 @@ class JobClaims(Database):
 
     def release(self, job_id: str, owner: str, attempt: int) -> bool:
         """Gives a job back, to its place in the queue; one that is to be cancelled ends. False as for `finish`."""
-        held = held_by(job_id, owner, attempt)
-        queued = {
-            "state": JobState.QUEUED,
-            "phase": JobState.QUEUED,
-            "owner": None,
-            "lease_until": None,
-            "preview": None,
-        }
+        attempt_of = _attempt(job_id, owner, attempt)
         with self._writing() as transaction:
-            given_back = transaction.execute(update(jobs).where(held, ~jobs.c.cancel_requested).values(queued))
-            if given_back.rowcount:
+            if transaction.execute(_GIVE_BACK, attempt_of).rowcount:
                 return True
-            return end(transaction, held, JobState.CANCELLED, now_of(transaction)) is not None
+            return end(transaction, END_HELD, attempt_of, JobState.CANCELLED, now_of(transaction)) is not None
 
     def _end(self, job_id: str, owner: str, attempt: int, state: JobState, **outcome: Any) -> bool:
+        attempt_of = _attempt(job_id, owner, attempt)
         with self._writing() as transaction:
-            held = held_by(job_id, owner, attempt)
-            if end(transaction, held, state, now_of(transaction), **outcome) is not None:
+            if end(transaction, END_HELD, attempt_of, state, now_of(transaction), **outcome) is not None:
                 return True
             # The answer of the first time may have been lost on its way.
-            said_before = and_(
-                jobs.c.id == job_id, jobs.c.owner == owner, jobs.c.attempt == attempt, jobs.c.state == state
-            )
-            return _any(transaction, said_before)
+            said_before = transaction.execute(_SAID_BEFORE, {**attempt_of, "state_": state})
+            return bool(said_before.scalar_one())
 
     def _capacity(self, transaction: Connection, owner: str, room: float) -> float:
         """A room that is small although nothing is in hand does not grow: nothing is kept waiting for it."""
         largest = max(room, self._largest_room.get(owner, 0.0))
-        is_busy = room < largest and _any(transaction, _is_in_hand_of(owner))
+        is_busy = room < largest and transaction.execute(_IN_HAND, {"owner_": owner}).first() is not None
         self._largest_room[owner] = largest if is_busy else room
         return self._largest_room[owner]
 
@@ -145,50 +144,37 @@ class JobClaims(Database):
         fits_later = and_(jobs.c.megapixels > room, jobs.c.megapixels <= capacity)
         statement = (
             select(jobs.c.id, jobs.c.priority, jobs.c.submitted_at)
-            .where(_free(now_s), fits_later, is_for_us, jobs.c.submitted_at < now_s - self._patience_s)
+            .where(or_(IS_WAITING, IS_LOST), fits_later, is_for_us, jobs.c.submitted_at < now_s - self._patience_s)
             .order_by(*_ORDER)
             .limit(1)
         )
-        return transaction.execute(statement).one_or_none()
-
-    def _abandoned(self, now_s: float) -> ColumnElement[bool]:
-        """Of replicas that are gone, and not to be given to another one."""
-        is_given_up = jobs.c.num_lost_attempts + 1 >= self._max_lost_attempts
-        return and_(is_lost(now_s), or_(jobs.c.cancel_requested, is_given_up))
-
-    def _end_abandoned(self, transaction: Connection, now_s: float) -> None:
-        statement = select(jobs.c.id, jobs.c.num_lost_attempts, jobs.c.cancel_requested).where(self._abandoned(now_s))
-        for row in transaction.execute(statement.limit(_ENDED_AT_ONCE).with_for_update(skip_locked=True)).all():
-            if row.cancel_requested:
-                end(transaction, jobs.c.id == row.id, JobState.CANCELLED, now_s)
-                continue
-            num_lost = row.num_lost_attempts + 1
-            problem = Problem(500, "replicas-lost", f"job: {num_lost} replicas were lost while they worked on it")
-            body = problem.body(f"/v1/jobs/{row.id}")
-            end(transaction, jobs.c.id == row.id, JobState.FAILED, now_s, problem=body, num_lost_attempts=num_lost)
+        return transaction.execute(statement, {"now_s_": now_s}).one_or_none()
 
 
-def _is_in_hand_of(owner: str) -> ColumnElement[bool]:
-    return and_(jobs.c.owner == owner, jobs.c.state == JobState.RUNNING)
+def _attempt(job_id: str, owner: str, attempt: int) -> dict[str, Any]:
+    """Parameters of IS_HELD."""
+    return {"job_id_": job_id, "owner_": owner, "attempt_": attempt}
 
 
-def _free(now_s: float) -> ColumnElement[bool]:
-    return or_(IS_WAITING, is_lost(now_s))
+def _end_abandoned(transaction: Connection, values: dict[str, Any]) -> None:
+    now_s = values["now_s_"]
+    for row in transaction.execute(_CHOOSE_ABANDONED, values).all():
+        it = {"job_id_": row.id}
+        if row.cancel_requested:
+            end(transaction, END_ONE, it, JobState.CANCELLED, now_s)
+            continue
+        num_lost = row.num_lost_attempts + 1
+        problem = Problem(500, "replicas-lost", f"job: {num_lost} replicas were lost while they worked on it")
+        body = problem.body(f"/v1/jobs/{row.id}")
+        end(transaction, END_ONE, it, JobState.FAILED, now_s, problem=body, num_lost=1)
 
 
-def _before(row: Row[Any, Any, Any] | None) -> ColumnElement[bool]:
-    """In the order of the queue; everything where there is no `row`."""
-    if row is None:
-        return jobs.c.id.is_not(None)
+def _before(row: Row[Any, Any, Any]) -> ColumnElement[bool]:
+    """In the order of the queue."""
     is_older = or_(
         jobs.c.submitted_at < row.submitted_at, and_(jobs.c.submitted_at == row.submitted_at, jobs.c.id < row.id)
     )
     return or_(jobs.c.priority > row.priority, and_(jobs.c.priority == row.priority, is_older))
-
-
-def _any(transaction: Connection, *conditions: ColumnElement[bool]) -> bool:
-    found = or_(*(exists().where(condition) for condition in conditions))
-    return bool(transaction.execute(select(found)).scalar_one())
 
 
 def _reserve(transaction: Connection, job_id: str, owner: str, now_s: float, lease_s: float) -> None:
@@ -198,55 +184,82 @@ def _reserve(transaction: Connection, job_id: str, owner: str, now_s: float, lea
 
 
 def _claimed(
-    transaction: Connection,
-    owner: str,
-    fits: ColumnElement[bool],
-    now_s: float,
-    lease_s: float,
-    room: float,
-    max_jobs: int,
+    transaction: Connection, choices: Sequence[Select[Any]], values: dict[str, Any], max_jobs: int
 ) -> list[Job]:
+    """By each of the choices in turn; a choice for each kind of job, so that each query goes along an index."""
     found: list[Job] = []
-    # Two queries, each along an index; the first finds nothing as a rule.
-    for which in (is_lost(now_s), IS_WAITING):
-        wanted = select(jobs.c.id, jobs.c.megapixels).where(which, fits).order_by(*_ORDER).limit(max_jobs - len(found))
-        for row in transaction.execute(wanted.with_for_update(skip_locked=True)).all():
+    room = values["room_"]
+    for choice in choices:
+        for row in transaction.execute(choice, {**values, "max_jobs_": max_jobs - len(found)}).all():
             if row.megapixels <= room:
-                found.append(_take(transaction, row.id, owner, now_s, lease_s))
+                taken = transaction.execute(_TAKE, {**values, "job_id_": row.id}).one()
+                found.append(job_of(taken))
                 room -= row.megapixels
     return found
 
 
-def _take(transaction: Connection, job_id: str, owner: str, now_s: float, lease_s: float) -> Job:
+def _looking(fits: ColumnElement[bool]) -> Any:
+    """Whether there is a job to be taken that waits, and whether there is one that was lost or is to be given up."""
+    return select(exists().where(IS_WAITING, fits), exists().where(IS_LOST, or_(fits, _IS_GIVEN_UP)))
+
+
+def _choosing(which: ColumnElement[bool], fits: ColumnElement[bool]) -> Select[Any]:
+    wanted = select(jobs.c.id, jobs.c.megapixels).where(which, fits).order_by(*_ORDER).limit(bindparam("max_jobs_"))
+    return wanted.with_for_update(skip_locked=True)
+
+
+def _taking() -> ReturningUpdate[Any]:
     values = {
         "state": JobState.RUNNING,
         "phase": "encode",
         "step": 0,
         "preview": None,
         "preview_step": 0,
-        "owner": owner,
+        "owner": bindparam("owner_"),
         "attempt": jobs.c.attempt + 1,
         "num_lost_attempts": jobs.c.num_lost_attempts + case((jobs.c.state == JobState.RUNNING, 1), else_=0),
-        "lease_until": now_s + lease_s,
+        "lease_until": NOW_S + bindparam("lease_s_", type_=Double),
         "reserved_by": None,
         "reserved_until": None,
-        "started_at": func.coalesce(jobs.c.started_at, now_s),
+        "started_at": func.coalesce(jobs.c.started_at, NOW_S),
     }
-    statement = update(jobs).where(jobs.c.id == job_id).values(values).returning(*jobs.c)
-    return job_of(transaction.execute(statement).one())
+    return update(jobs).where(IS_IT).values(values).returning(*jobs.c)
+
+
+def _telling(*names: str) -> Update:
+    return update(jobs).where(IS_HELD).values({name: bindparam(f"{name}_") for name in names})
 
 
 def _values(progress: Progress) -> dict[str, Any]:
     return {f"{name}_": value for name, value in vars(progress).items()}
 
 
-def _progress_statement(has_preview: bool) -> Any:
-    """For any number of jobs; the names of its values end in an underscore."""
-    names = ["phase", "step", "num_steps", "lease_until", *(["preview", "preview_step"] if has_preview else [])]
-    mine = and_(
-        jobs.c.id == bindparam("job_id_"),
+_FITS = jobs.c.megapixels <= bindparam("room_", type_=Double)
+_IS_GIVEN_UP = or_(jobs.c.cancel_requested, jobs.c.num_lost_attempts + 1 >= bindparam("max_lost_"))
+_LOOK = _looking(_FITS)
+_CHOOSE = _choosing(IS_WAITING, _FITS)
+_CHOOSE_ABANDONED = (
+    select(jobs.c.id, jobs.c.num_lost_attempts, jobs.c.cancel_requested)
+    .where(IS_LOST, _IS_GIVEN_UP)
+    .limit(_ENDED_AT_ONCE)
+    .with_for_update(skip_locked=True)
+)
+_TAKE = _taking()
+_TELL = _telling("phase", "step", "num_steps", "lease_until")
+_TELL_PREVIEW = _telling("phase", "step", "num_steps", "lease_until", "preview", "preview_step")
+_IN_HAND = select(jobs.c.id, jobs.c.attempt, jobs.c.cancel_requested).where(
+    jobs.c.owner == bindparam("owner_"), jobs.c.state == JobState.RUNNING
+)
+_GIVE_BACK = (
+    update(jobs)
+    .where(IS_HELD, ~jobs.c.cancel_requested)
+    .values(state=JobState.QUEUED, phase=JobState.QUEUED, owner=None, lease_until=None, preview=None)
+)
+_SAID_BEFORE = select(
+    exists().where(
+        IS_IT,
         jobs.c.owner == bindparam("owner_"),
         jobs.c.attempt == bindparam("attempt_"),
-        jobs.c.state == JobState.RUNNING,
+        jobs.c.state == bindparam("state_"),
     )
-    return update(jobs).where(mine).values({name: bindparam(f"{name}_") for name in names})
+)

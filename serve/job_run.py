@@ -60,7 +60,7 @@ class Surroundings:
 
 @dataclass
 class JobRun:
-    """An attempt at a job. Its methods belong to one event loop; `store_snapshot` may be called in a thread."""
+    """An attempt at a job. Its methods belong to one event loop; `progress` and `store_snapshot` to threads, too."""
 
     job: Job
     model: ServedModel

@@ -10,9 +10,11 @@ when it returns, and not at all when it raises (`sqlalchemy.exc.DBAPIError` wher
 from __future__ import annotations
 
 import builtins
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from sqlalchemy import and_, case, delete, func, or_, select, update
+from sqlalchemy import BindParameter, Select, and_, bindparam, case, delete, func, or_, select, update
 from sqlalchemy.sql import ColumnElement
 
 from serve.database import insert_of, now_of
@@ -29,7 +31,7 @@ from serve.job_records import (
     Webhook,
     new_job_id,
 )
-from serve.job_rows import IS_WAITING, LIVE, end, is_lost, job_of, row_of
+from serve.job_rows import END_ONE, IS_IT, IS_LOST, IS_WAITING, LIVE, end, job_of, row_of
 from serve.job_tables import jobs
 from serve.key_records import ApiKey, KeyLimits, KeyRecords, Verdict
 from serve.problems import Problem
@@ -57,10 +59,8 @@ class JobStore(JobClaims, KeyRecords, ServiceRecords):
         """
         while True:
             with self._writing() as transaction:
-                statement = insert_of(transaction)(jobs).values(row_of(new, now_of(transaction)))
-                by_key = [jobs.c.key_id, jobs.c.idempotency_key]
-                made = statement.on_conflict_do_nothing(index_elements=by_key).returning(*jobs.c)
-                row = transaction.execute(made).one_or_none()
+                accepting = _accepting(insert_of(transaction))
+                row = transaction.execute(accepting, row_of(new, now_of(transaction))).one_or_none()
             if row is not None:
                 return job_of(row), True
             assert new.idempotency_key is not None
@@ -73,18 +73,16 @@ class JobStore(JobClaims, KeyRecords, ServiceRecords):
 
     def find(self, key_id: str, idempotency_key: str) -> Job | None:
         """The job that this Idempotency-Key has made."""
-        with self._reading() as transaction:
-            which = select(jobs).where(jobs.c.key_id == key_id, jobs.c.idempotency_key == idempotency_key)
-            row = transaction.execute(which).one_or_none()
-        return None if row is None else job_of(row)
+        return next(iter(self._found(_OF_IDEMPOTENCY_KEY, key_id_=key_id, idempotency_key_=idempotency_key)), None)
 
     def get(self, job_id: str, key_id: str | None) -> Job | None:
         """The job, if it is the key's; with None, whosever it is."""
-        return next(iter(self._found(jobs.c.id == job_id, key_id)), None)
+        found = self._found(_ONE, job_id_=job_id)
+        return next((job for job in found if key_id is None or job.key_id == key_id), None)
 
     def watch(self, job_ids: Sequence[str]) -> dict[str, Job]:
         """Those of the jobs that are there, by id."""
-        return {job.id: job for job in self._found(jobs.c.id.in_(job_ids), None)}
+        return {job.id: job for job in self._found(_SEVERAL, job_ids_=job_ids)}
 
     def list(
         self, key_id: str, *, state: JobState | None = None, limit: int = 100, before: str | None = None
@@ -100,11 +98,8 @@ class JobStore(JobClaims, KeyRecords, ServiceRecords):
 
     def queue_position(self, job_ids: Sequence[str]) -> dict[str, int]:
         """How many jobs wait before each of these; those that do not wait are left out."""
-        order = (jobs.c.priority.desc(), jobs.c.submitted_at, jobs.c.id)
-        place = func.row_number().over(order_by=order).label("place")
-        queue = select(jobs.c.id, place).where(IS_WAITING).subquery()
         with self._reading() as transaction:
-            rows = transaction.execute(select(queue.c.id, queue.c.place).where(queue.c.id.in_(job_ids))).all()
+            rows = transaction.execute(_PLACES, {"job_ids_": job_ids}).all()
         return {row.id: row.place - 1 for row in rows}
 
     def request_cancel(self, job_id: str, key_id: str | None) -> Job | None:
@@ -120,7 +115,7 @@ class JobStore(JobClaims, KeyRecords, ServiceRecords):
                 return None
             now_s = now_of(transaction)
             if found.state == JobState.QUEUED or (found.state == JobState.RUNNING and found.lease_until < now_s):
-                ended = end(transaction, which, JobState.CANCELLED, now_s, cancel_requested=True)
+                ended = end(transaction, END_ONE, {"job_id_": job_id}, JobState.CANCELLED, now_s)
                 assert ended is not None
                 return job_of(ended)
             if found.state == JobState.RUNNING:
@@ -130,19 +125,9 @@ class JobStore(JobClaims, KeyRecords, ServiceRecords):
 
     def backlog(self, key_id: str | None = None) -> Backlog:
         """What has not ended, of one key or of all."""
-        share_left = 1.0 - jobs.c.step * 1.0 / func.coalesce(func.nullif(jobs.c.num_steps, 0), 1)
-        columns = (
-            func.coalesce(func.sum(case((IS_WAITING, 1), else_=0)), 0),
-            func.count(),
-            func.coalesce(func.sum(jobs.c.megapixels), 0.0),
-            func.coalesce(func.sum(case((IS_WAITING, jobs.c.work), else_=jobs.c.work * share_left)), 0.0),
-            func.min(case((IS_WAITING, jobs.c.submitted_at))),
-        )
-        wanted = select(*columns).where(jobs.c.state.in_(LIVE))
-        if key_id is not None:
-            wanted = wanted.where(jobs.c.key_id == key_id)
         with self._reading() as transaction:
-            num_queued, num_live, megapixels, work, oldest = transaction.execute(wanted).one()
+            waits = transaction.execute(_BACKLOG if key_id is None else _BACKLOG_OF_KEY, {"key_id_": key_id})
+            num_queued, num_live, megapixels, work, oldest = waits.one()
             age_s = 0.0 if oldest is None else max(0.0, now_of(transaction) - oldest)
         return Backlog(int(num_queued), int(num_live - num_queued), float(megapixels), max(0.0, float(work)), age_s)
 
@@ -150,12 +135,13 @@ class JobStore(JobClaims, KeyRecords, ServiceRecords):
         """Fails jobs that nobody has worked off in their time; how many there were. They are told like other ends."""
         with self._writing() as transaction:
             now_s = now_of(transaction)
-            overdue = select(jobs.c.id).where(jobs.c.expires_at <= now_s, or_(IS_WAITING, is_lost(now_s))).limit(limit)
-            ids = transaction.execute(overdue.with_for_update(skip_locked=True)).scalars().all()
+            overdue = select(jobs.c.id).where(jobs.c.expires_at <= now_s, or_(IS_WAITING, IS_LOST)).limit(limit)
+            chosen = transaction.execute(overdue.with_for_update(skip_locked=True), {"now_s_": now_s})
+            ids = chosen.scalars().all()
             for job_id in ids:
                 detail = "job: no replica has worked it off in its time; send the picture again later"
                 body = Problem(503, "waited-too-long", detail).body(f"/v1/jobs/{job_id}")
-                end(transaction, jobs.c.id == job_id, JobState.FAILED, now_s, problem=body)
+                end(transaction, END_ONE, {"job_id_": job_id}, JobState.FAILED, now_s, problem=body)
         return len(ids)
 
     def expired(self, limit: int = 100) -> builtins.list[Job]:
@@ -170,13 +156,44 @@ class JobStore(JobClaims, KeyRecords, ServiceRecords):
         with self._writing() as transaction:
             transaction.execute(delete(jobs).where(jobs.c.id == job_id))
 
-    def _found(self, which: ColumnElement[bool], key_id: str | None) -> builtins.list[Job]:
-        wanted = select(jobs).where(which)
-        if key_id is not None:
-            wanted = wanted.where(jobs.c.key_id == key_id)
+    def _found(self, wanted: Select[Any], **values: Any) -> builtins.list[Job]:
         with self._reading() as transaction:
-            return [job_of(row) for row in transaction.execute(wanted)]
+            return [job_of(row) for row in transaction.execute(wanted, values)]
 
+
+@functools.cache
+def _accepting(insert: Callable[..., Any]) -> Any:
+    by_key = [jobs.c.key_id, jobs.c.idempotency_key]
+    return insert(jobs).on_conflict_do_nothing(index_elements=by_key).returning(*jobs.c)
+
+
+def _waiting(*conditions: ColumnElement[bool]) -> Select[Any]:
+    """Jobs that wait, jobs that have not ended, their megapixels, the work that is left, the time of the oldest."""
+    share_left = 1.0 - jobs.c.step * 1.0 / func.coalesce(func.nullif(jobs.c.num_steps, 0), 1)
+    columns = (
+        func.coalesce(func.sum(case((IS_WAITING, 1), else_=0)), 0),
+        func.count(),
+        func.coalesce(func.sum(jobs.c.megapixels), 0.0),
+        func.coalesce(func.sum(case((IS_WAITING, jobs.c.work), else_=jobs.c.work * share_left)), 0.0),
+        func.min(case((IS_WAITING, jobs.c.submitted_at))),
+    )
+    return select(*columns).where(jobs.c.state.in_(LIVE), *conditions)
+
+
+def _places() -> Select[Any]:
+    order = (jobs.c.priority.desc(), jobs.c.submitted_at, jobs.c.id)
+    place = func.row_number().over(order_by=order).label("place")
+    queue = select(jobs.c.id, place).where(IS_WAITING).subquery()
+    return select(queue.c.id, queue.c.place).where(queue.c.id.in_(_JOB_IDS))
+
+
+_JOB_IDS: BindParameter[Any] = bindparam("job_ids_", expanding=True)
+_IS_OF_KEY = jobs.c.key_id == bindparam("key_id_")
+_ONE = select(jobs).where(IS_IT)
+_SEVERAL = select(jobs).where(jobs.c.id.in_(_JOB_IDS))
+_OF_IDEMPOTENCY_KEY = select(jobs).where(_IS_OF_KEY, jobs.c.idempotency_key == bindparam("idempotency_key_"))
+_BACKLOG, _BACKLOG_OF_KEY = _waiting(), _waiting(_IS_OF_KEY)
+_PLACES = _places()
 
 __all__ = [
     "ApiKey",

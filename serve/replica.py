@@ -68,10 +68,12 @@ class Replica:
         self.name, self._cfg, self._store, self._caption = name, cfg, store, caption
         self._restorer = Restorer(model, cfg)
         self._device_name = device_name(self._served())
-        around = Surroundings(store, storage, name, self._peers, self._largest_megapixels, caption)
+        around = Surroundings(store, storage, name, self._peers, lambda: self._largest_of_others, caption)
         self._runner = JobRunner(around, cfg.claims, self._restorer.model)
         self._server = PeerServer(name, self._restorer.model, idle_s=cfg.spread.idle_s)
         self._mailbox = Mailbox(self._server) if mailbox and cfg.spread.max_peers else None
+        self._largest_of_others = 0.0
+        """Megapixels of results, as the other replicas have reported them."""
         self._loops: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -100,10 +102,6 @@ class Replica:
             request = request.model_copy(update={"prompt": await self._caption(lq)})
         return await self._restorer.restore(lq, request, trace)
 
-    async def wake(self) -> None:
-        """There is a new job."""
-        self._runner.wake()
-
     def check(self) -> None:
         """Raises RuntimeError when the process must be started again."""
         self._restorer.check()
@@ -119,12 +117,8 @@ class Replica:
             return []
         return find_peers(self._store, job, self._cfg.spread, own=self.name, like=served)
 
-    def _largest_megapixels(self) -> float:
-        others = [r for r in self._store.replicas() if r["replica"] != self.name]
-        return max((float(replica.get("max_megapixels", 0.0)) for replica in others), default=0.0)
-
     async def _report(self) -> None:
-        """Tells gateways, autoscaler and peers what there is to know."""
+        """Tells gateways, autoscaler and peers what there is to know, and hears of the others."""
         served, fraction = self._restorer.model(), 0.5
         about: dict[str, Any] = {"replica": self.name, **asdict(self._restorer.info)}
         if served is not None:
@@ -139,6 +133,8 @@ class Replica:
             }
         about |= {"tile_px": self._cfg.tile_px, "tile_stride_fraction": fraction, "device_name": self._device_name}
         await asyncio.to_thread(self._store.report_replica, self.name, about)
+        others = [r for r in await asyncio.to_thread(self._store.replicas) if r["replica"] != self.name]
+        self._largest_of_others = max((float(r.get("max_megapixels", 0.0)) for r in others), default=0.0)
         _note_gpu_memory(self._restorer.info.device)
         self._server.forget_idle()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import bindparam, delete, or_, select, update
 
 from serve.database import Database, insert_of, now_of
 from serve.job_records import Webhook
@@ -14,6 +14,7 @@ from serve.job_tables import leases, replicas, webhooks
 REPLICA_LASTS_S = 30.0
 """A replica that has not reported itself for so long is not counted any more."""
 _FORGOTTEN_AFTER_S = 3600.0
+_SERVING = select(replicas.c.info).where(replicas.c.reported_at >= bindparam("since_")).order_by(replicas.c.owner)
 
 
 class ServiceRecords(Database):
@@ -32,8 +33,7 @@ class ServiceRecords(Database):
         """What the replicas that serve now tell about themselves, in an order that lasts."""
         with self._reading() as transaction:
             since = (now_of(transaction) if now_s is None else now_s) - REPLICA_LASTS_S
-            found = select(replicas.c.info).where(replicas.c.reported_at >= since).order_by(replicas.c.owner)
-            return [dict(info) for info in transaction.execute(found).scalars()]
+            return [dict(info) for info in transaction.execute(_SERVING, {"since_": since}).scalars()]
 
     def withdraw_replica(self, owner: str) -> None:
         """`owner` serves no longer."""

@@ -71,7 +71,6 @@ class FakeRestorer:
         self.error: Exception | None = None
         self.delay_s = 0.0
         self.num_cancelled = 0
-        self.num_woken = 0
         self.info = ModelInfo("nano", "nano", None, "cpu", "float32", 0.1, 0.2)
 
     async def restore(self, lq: np.ndarray, request: UpscaleRequest) -> RestoredPicture:
@@ -83,9 +82,6 @@ class FakeRestorer:
     async def describe(self) -> ModelInfo:
         await self._behave()
         return self.info
-
-    def wake(self) -> None:
-        self.num_woken += 1
 
     async def _behave(self) -> None:
         if self.error is not None:

@@ -138,9 +138,6 @@ class PatientRestorer:
     async def describe(self) -> ModelInfo:
         return self.info
 
-    def wake(self) -> None:
-        pass
-
 
 @contextmanager
 def running_server(api: Any) -> Iterator[str]:

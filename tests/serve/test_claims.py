@@ -158,6 +158,16 @@ async def test_jobs_are_worked_off_with_progress_and_previews(
     assert sorted(name.rsplit("/", 1)[1] for name in storage.list("jobs/")) == ["input"] * 3 + ["result-1"] * 3
 
 
+async def test_a_new_job_is_taken_although_the_next_look_is_far_away(
+    store: JobStore, model: ServedModel, around: Any, submit: Any
+) -> None:
+    async with running(around("one"), model, CFG.model_copy(update={"poll_s": 600.0})):
+        await asyncio.sleep(0.1)
+        for _ in range(2):
+            job_id = submit(steps=1)
+            await _until(lambda job_id=job_id: _get(store, job_id).state is JobState.DONE)  # type: ignore[misc]
+
+
 async def test_the_job_of_a_replica_that_is_gone_goes_on_from_its_latents(
     store: JobStore, storage: Storage, model: ServedModel, around: Any, submit: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

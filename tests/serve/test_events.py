@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -121,10 +121,10 @@ async def test_a_job_that_is_removed_meanwhile_has_expired(connect: Any, store: 
         job = store.get((await client.post("/v1/jobs", files={"picture": png})).json()["id"], None)
     watcher = JobWatcher(store, poll_s=0.01)
     stream = event_stream(watcher, job, Rates(), last_event_id="", longest_s=20, idle_s=5)
-    events = [await anext(stream) for _ in range(2)]
+    events = [await anext(stream)]
     store.forget(job.id)
     events += [event async for event in stream]
-    assert events[-1].startswith(b"event: expired\nid: ended\n")
+    assert events[-1].startswith(b"event: expired\nid: ended\nretry: 1000\n")
     assert json.loads(events[-1].split(b"data: ")[1])["id"] == job.id
 
 
@@ -133,26 +133,12 @@ class CountingStore:
 
     def __init__(self, store: Any) -> None:
         self.store, self.num_looks, self.asked = store, 0, set[int]()
+        self.changes = store.changes
 
     def watch(self, job_ids: Any) -> Any:
         self.num_looks += 1
         self.asked.add(len(job_ids))
         return self.store.watch(job_ids)
-
-    def queue_position(self, job_ids: Any) -> Any:
-        return self.store.queue_position(job_ids)
-
-
-class AgedStore:
-    """Its jobs were submitted longer ago."""
-
-    def __init__(self, store: Any, age_s: float) -> None:
-        self.store, self.age_s = store, age_s
-
-    def watch(self, job_ids: Any) -> Any:
-        return {
-            k: replace(job, submitted_at=job.submitted_at - self.age_s) for k, job in self.store.watch(job_ids).items()
-        }
 
     def queue_position(self, job_ids: Any) -> Any:
         return self.store.queue_position(job_ids)
@@ -182,31 +168,28 @@ async def test_all_streams_of_a_process_share_one_poller(connect: Any, store: An
     assert counting.num_looks == num_looks, "nobody watches any more"
 
 
-async def test_a_young_job_is_looked_at_again_and_again_and_an_old_one_now_and_then(
-    connect: Any, store: Any, png: bytes
+async def test_a_stream_tells_a_change_though_it_would_look_only_later(
+    connect: Any, store: Any, storage: Any, png: bytes
 ) -> None:
+    from fake_worker import FakeWorker
+
     async with connect(CFG) as client:
         job = store.get((await client.post("/v1/jobs", files={"picture": png})).json()["id"], None)
-
-    async def num_looks(age_s: float) -> int:
-        aged = CountingStore(AgedStore(store, age_s))
-        watcher = JobWatcher(aged, poll_s=0.5)  # type: ignore[arg-type]
-        async for _ in event_stream(watcher, job, Rates(), last_event_id="", longest_s=0.4, idle_s=0.05):
-            pass
-        return aged.num_looks
-
-    assert await num_looks(0.0) > 5
-    assert await num_looks(600.0) == 1
+    stream = event_stream(JobWatcher(store, poll_s=60.0), job, Rates(), last_event_id="", longest_s=20, idle_s=20)
+    async with asyncio.timeout(20):
+        assert (await anext(stream)).startswith(b"event: progress")
+        await asyncio.to_thread(FakeWorker(store, storage, step_s=0.0).work_off)
+        assert [event async for event in stream][-1].startswith(b"event: done")
 
 
 async def test_who_begins_to_follow_need_not_wait_for_the_next_look(connect: Any, store: Any, png: bytes) -> None:
     async with connect(CFG) as client:
         jobs = [store.get((await client.post("/v1/jobs", files={"picture": png})).json()["id"], None) for _ in range(2)]
-    watcher = JobWatcher(AgedStore(store, 3600.0), poll_s=60.0)  # type: ignore[arg-type]
+    watcher = JobWatcher(store, poll_s=60.0)
     async with asyncio.timeout(20):
         for job in jobs:
             stream = event_stream(watcher, job, Rates(), last_event_id="", longest_s=20, idle_s=20)
-            assert [await anext(stream) for _ in range(2)][1].startswith(b"event: progress")
+            assert (await anext(stream)).startswith(b"event: progress")
 
 
 async def test_a_stream_outlives_a_database_that_is_away(
@@ -225,7 +208,6 @@ async def test_a_stream_outlives_a_database_that_is_away(
 
     monkeypatch.setattr(store, "watch", unsteady)
     stream = event_stream(JobWatcher(store, poll_s=0.01), job, Rates(), last_event_id="", longest_s=20, idle_s=20)
-    assert (await anext(stream)).startswith(b"retry:")
     assert (await anext(stream)).startswith(b"event: progress")
     assert num_failures == 4
     await stream.aclose()

@@ -37,9 +37,7 @@ def _kind(answer: Any, status: int) -> str:
     return str(answer.json()["type"]).rpartition(":")[2]
 
 
-async def test_a_job_goes_from_accepted_to_done(
-    connect: Any, storage: Any, restorer: Any, worker: Any, png: bytes
-) -> None:
+async def test_a_job_goes_from_accepted_to_done(connect: Any, storage: Any, worker: Any, png: bytes) -> None:
     fields = {"scale": "3", "num_inference_steps": "4", "prompt": "A cat.", "output_format": "webp", "priority": "7"}
     async with connect() as client:
         answer = await client.post("/v1/jobs", files={"picture": png}, data=fields)
@@ -51,7 +49,6 @@ async def test_a_job_goes_from_accepted_to_done(
         assert job["request"]["prompt"] == "A cat."
         assert (job["result"], job["problem"], job["cost"]) == (None, None, None)
         assert storage.read_bytes(f"jobs/{job['id']}/input") == png
-        assert restorer.num_woken == 1
         assert worker.work_off() == 1
         job = (await client.get(job["links"]["self"])).json()
         assert (job["state"], job["progress"], job["step"], job["queue_position"]) == ("done", 1.0, 4, None)

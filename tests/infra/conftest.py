@@ -8,6 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,12 @@ sys.path.insert(0, str(HERE_PATH))
 INFRA_PATH = REPOSITORY_PATH / "infra"
 REGION = "us-west-2"
 ENVIRONMENTS = ("dev", "prod")
+_TARGETS = (
+    'module.roles["prepare"]',
+    'module.roles["train"]',
+    "module.cluster.aws_eks_access_policy_association.admin",
+)
+ROLE_FLAGS = ("-input=false", "-no-color", "-var-file=envs/dev.tfvars", *(f"-target={target}" for target in _TARGETS))
 _SOURCES_ONLY = shutil.ignore_patterns(".terraform", "*.tfstate*", "platform.env", "node-pools.yaml", "serve.yaml")
 
 
@@ -118,14 +127,48 @@ def initialised(make_terraform: Callable[..., Terraform]) -> Terraform:
     return made
 
 
-@pytest.fixture(scope="module")
-def aws() -> Iterator[str]:
+@contextmanager
+def emulated_aws() -> Iterator[str]:
     """The URL of an emulated AWS without anything in it."""
     command = [sys.executable, str(HERE_PATH / "aws_emulator.py")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         yield server.stdout.readline().strip()
         server.communicate("", timeout=30)
+
+
+@pytest.fixture(scope="module")
+def aws() -> Iterator[str]:
+    """As `emulated_aws`; a module may give it something to hold."""
+    with emulated_aws() as url:
+        yield url
+
+
+@dataclass
+class Roles:
+    """Terraform's stack with the roles of jobs and what they need, in an AWS of their own."""
+
+    stack: Terraform
+    aws: str
+    flags: tuple[str, ...]
+    applied: Future[Any]
+
+
+@pytest.fixture(scope="session")
+def roles(make_terraform: Callable[..., Terraform]) -> Iterator[Roles]:
+    """They are being made; `applied.result()` when they are."""
+    with emulated_aws() as url, ThreadPoolExecutor(1) as thread:
+        made = make_terraform(".", url)
+        made.local_state()
+        made.init()
+        yield Roles(made, url, ROLE_FLAGS, thread.submit(made.run, "apply", "-auto-approve", *ROLE_FLAGS))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _roles_while_others_work(request: pytest.FixtureRequest) -> None:
+    """AWS keeps Terraform waiting for a minute and a half, which begins with the first test of this room."""
+    if any("roles" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("roles")
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +274,11 @@ def rendered(overlays: dict[str, InfraCopy]) -> dict[str, str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process for all tests of infra: they share a Terraform that is ready, and wait more than they work."""
+    """One process for all tests of infra: they share a Terraform that is ready, and wait more than they work.
+
+    Those that need roles come last, because these take their time to be made.
+    """
     for item in items:
         if HERE_PATH in item.path.parents:
             item.add_marker(pytest.mark.xdist_group("infra"))
+    items.sort(key=lambda item: HERE_PATH in item.path.parents and "roles" in getattr(item, "fixturenames", ()))

@@ -17,17 +17,16 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-TARGETS = ('module.roles["prepare"]', 'module.roles["train"]', "module.cluster.aws_eks_access_policy_association.admin")
-FLAGS = ("-input=false", "-no-color", "-var-file=envs/dev.tfvars", *(f"-target={target}" for target in TARGETS))
+
+@pytest.fixture(scope="module")
+def stack(roles: Any) -> Any:
+    roles.applied.result()
+    return roles.stack
 
 
 @pytest.fixture(scope="module")
-def stack(make_terraform: Callable[..., Any], aws: str) -> Any:
-    made = make_terraform(".", aws)
-    made.local_state()
-    made.init()
-    made.run("apply", "-auto-approve", *FLAGS)
-    return made
+def aws(roles: Any) -> str:
+    return str(roles.aws)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +64,8 @@ def enforced(aws: str) -> Iterator[None]:
         requests_without_iam(b"inf")
 
 
-def test_a_second_plan_changes_nothing(stack: Any) -> None:
-    assert stack.run("plan", "-detailed-exitcode", *FLAGS, allowed=(0, 2)).returncode == 0
+def test_a_second_plan_changes_nothing(stack: Any, roles: Any) -> None:
+    assert stack.run("plan", "-detailed-exitcode", *roles.flags, allowed=(0, 2)).returncode == 0
 
 
 @pytest.mark.parametrize(

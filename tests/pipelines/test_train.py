@@ -172,8 +172,9 @@ def runs_of(result: job.TrainResult) -> dict[str, Any]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_one_two_and_four_workers_give_the_same_learning_rates_losses_and_weights(
-    whole, alone, prepared_dataset: str, tmp_path: Path, monkeypatch
+@pytest.mark.parametrize("num_workers", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_several_workers_give_the_learning_rates_losses_and_weights_of_one(
+    whole, alone, prepared_dataset: str, tmp_path: Path, monkeypatch, num_workers: int
 ) -> None:
     """Stage 2 on 1 x 4, 2 x 2 and 4 x 1 (workers x accumulation), from one model of stage 1."""
     from mlflow import MlflowClient
@@ -184,25 +185,25 @@ def test_one_two_and_four_workers_give_the_same_learning_rates_losses_and_weight
     start = f"{whole[0].out}/models/align"
     flags = [*WHOLE, "--model", start]
     _, one_path, _ = alone("unified", *flags)
-    two = whole[1]
-    place = ["--data", prepared_dataset, "--out", str(tmp_path), "--num-workers", "4"]
-    four = job.train(config(*flags, *place, "--stage", "unified"))
-    runs = [(f"sqlite:///{one_path.parents[2] / 'mlflow.db'}", one_path.parents[1].name)]
-    runs += [(result.tracking_uri, runs_of(result)["unified"].info.run_id) for result in (two, four)]
+    several = whole[1]
+    if num_workers > 2:
+        place = ["--data", prepared_dataset, "--out", str(tmp_path), "--num-workers", str(num_workers)]
+        several = job.train(config(*flags, *place, "--stage", "unified"))
+    runs = [
+        (f"sqlite:///{one_path.parents[2] / 'mlflow.db'}", one_path.parents[1].name),
+        (several.tracking_uri, runs_of(several)["unified"].info.run_id),
+    ]
     rates, losses = (
         [curve(MlflowClient(uri), run_id, key) for uri, run_id in runs] for key in ("train/lr", "train/loss")
     )
     cosine = [0.5 * (1 + math.cos(math.pi * update / 4)) for update in range(4)]
     assert rates[0] == pytest.approx([3e-4 * factor for factor in (0, 0.5, *cosine)], rel=1e-12)
-    assert rates[1] == rates[2] == rates[0]
+    assert rates[1] == rates[0]
     # Sums are taken in another order: in fp32 a loss moves in its seventh digit, and more with every update.
     assert losses[1] == pytest.approx(losses[0], rel=2e-5)
-    assert losses[2] == pytest.approx(losses[0], rel=2e-5)
-    models = [FaithDiffPipeline.from_pretrained(uri).unet.state_dict() for uri in (one_path, two.model_uri)]
-    models.append(FaithDiffPipeline.from_pretrained(four.model_uri).unet.state_dict())
+    one, other = (FaithDiffPipeline.from_pretrained(uri).unet.state_dict() for uri in (one_path, several.model_uri))
     before = FaithDiffPipeline.from_pretrained(start).unet.state_dict()
-    for model in models[1:]:
-        assert learnt_difference(model, models[0], before) < 2e-2
+    assert learnt_difference(other, one, before) < 2e-2
 
 
 def learnt_difference(actual: Weights, expected: Weights, start: Weights) -> float:

@@ -202,12 +202,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[pytest.mark.soak] if name in ("zero 3", "offloading, zero 3") else [])
+        for name, settings in SETTINGS.items()
+    ],
+)
 def test_how_memory_and_time_are_saved_does_not_change_the_update(two_ranks: Any, settings: dict[str, Any]) -> None:
     agree(two_ranks(run_engine, "align", settings, 2), plain("align", 2), weights=1e-5)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_bf16_sums_in_fp32_so_ranks_and_micro_batches_hardly_matter(two_ranks: Any, zero_stage: int) -> None:
     values = {"precision": "bf16", "zero_stage": zero_stage}
     coarse = two_ranks(run_engine, "align", {**values, "max_micro_batch": 4}, 2)[0]

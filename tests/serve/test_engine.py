@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from typing import Any
@@ -360,6 +361,20 @@ def test_previews_are_made_when_asked_for(engine, passes):
     tickets[0].future.result()
     assert pictures[0] is None
     assert [preview.size for preview in pictures[1:]] == [(64, 64)] * 2
+
+
+def test_a_picture_that_is_done_before_its_first_preview_is_due_gets_none(pipeline, monkeypatch):
+    made: list[Any] = []
+    monkeypatch.setattr(pipeline, "preview", made.append)
+    patient = Engine(pipeline, EngineConfig(memory_bytes=2 * 10**9, preview_every_s=600))
+    try:
+        ticket = patient.submit(picture(64, 64), request(), name="p")
+        while not ticket.future.done():
+            assert ticket.preview() is None
+            time.sleep(0.001)
+    finally:
+        patient.close()
+    assert made == []
 
 
 def test_load_says_what_is_in_hand_and_what_was_done(engine, passes):

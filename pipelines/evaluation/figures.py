@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipelines.evaluation.score_table import OURS, Metric, ScoreTable
+from pipelines.evaluation.scoring import applies
 from pipelines.evaluation.statistics import summarize
 
 if TYPE_CHECKING:
@@ -44,12 +45,13 @@ def file_stem(metric: str) -> str:
 
 
 def distribution_figure(table: ScoreTable, metric: Metric) -> Figure:
-    """All methods below each other, ours first."""
+    """All methods that can have a score below each other, ours first."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 1.3 + _ROW_IN * len(table.methods)), layout="constrained")
+    methods = [method for method in table.methods if applies(table, method, metric.name)]
+    figure = Figure(figsize=(8.0, 1.3 + _ROW_IN * len(methods)), layout="constrained")
     axes = figure.subplots()
-    labels = [_draw_method(axes, table, metric, method, row) for row, method in enumerate(table.methods)]
+    labels = [_draw_method(axes, table, metric, method, row) for row, method in enumerate(methods)]
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     direction = "higher is better" if metric.higher_is_better else "lower is better"

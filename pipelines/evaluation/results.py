@@ -28,7 +28,7 @@ from pipelines.evaluation.figures import write_figures
 from pipelines.evaluation.measuring import Score
 from pipelines.evaluation.paper import compare_with_paper, paper_markdown
 from pipelines.evaluation.score_table import HEADER_NAME, INPUT, SCORES_NAME, Metric, ScoreTable, read_score_table
-from pipelines.evaluation.scoring import NOT_APPLICABLE, installed_version
+from pipelines.evaluation.scoring import NOT_APPLICABLE, applies, installed_version
 from pipelines.evaluation.statistics import Summary, summarize
 from sr_platform.storage import open_storage
 
@@ -154,8 +154,7 @@ def means_table(table: ScoreTable) -> list[str]:
 
 
 def _cell(table: ScoreTable, method: str, metric: str) -> str:
-    reasons = table.missing(method, metric)
-    if sum(reasons.values()) == len(table.pictures) and set(reasons) <= NOT_APPLICABLE:
+    if not applies(table, method, metric):
         return "-"
     return mean_text(summarize(table.scores(method, metric), num_resamples=1))
 

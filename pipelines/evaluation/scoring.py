@@ -24,7 +24,7 @@ from faithdiff.fidelity import Channel, color_drift, degrade_again_db, psnr_db, 
 from faithdiff.metrics import KNOWN_METRICS, NoReferenceMetric, ReferenceMetric, no_reference_metric, reference_metric
 from faithdiff.pictures import input_consistency_db
 from faithdiff.seams import Borders, seam_score
-from pipelines.evaluation.score_table import OURS, REFERENCE
+from pipelines.evaluation.score_table import OURS, REFERENCE, ScoreTable
 from pipelines.evaluation.text_reading import (
     ILLEGIBLE,
     READER_LIBRARY,
@@ -59,6 +59,12 @@ _ONLY_OURS = "only known of our own restorations"
 _ONE_TILE = "it was restored in one tile"
 NOT_APPLICABLE = frozenset({_IS_REFERENCE, _ONLY_OURS, _ONE_TILE})
 """Reasons for which nothing is missing: there is nothing to measure."""
+
+
+def applies(table: ScoreTable, method: str, metric: str) -> bool:
+    """False where no picture of the method can have that score."""
+    reasons = table.missing(method, metric)
+    return sum(reasons.values()) < len(table.pictures) or not set(reasons) <= NOT_APPLICABLE
 
 
 class MissingScoreError(Exception):

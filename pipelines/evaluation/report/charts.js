@@ -29,7 +29,7 @@ function dotsOf(method, metric) {
 }
 
 function chart(metric) {
-  const methods = report.methods;
+  const methods = report.methods.filter((method) => dotsOf(method, metric).length || !cannotBe(method, metric));
   const height = CHART.top + CHART.row * methods.length + CHART.axis;
   const all = methods.flatMap((method) => dotsOf(method, metric).map((dot) => dot.score));
   const [low, high] = all.reduce(([l, h], v) => [Math.min(l, v), Math.max(h, v)], [Infinity, -Infinity]);

@@ -36,6 +36,19 @@ def make_report(tmp_path) -> Callable[..., Path]:
     return lambda **settings: write_report(tmp_path / "report", **settings)
 
 
+@pytest.fixture
+def report_with_reference(make_report) -> Path:
+    """The reference as a method, whose psnr cannot be and whose other scores are missing."""
+    folder: Path = make_report()
+    known = pq.read_table(folder / "scores.parquet")
+    rows = [row for row in known.to_pylist() if row["method"] == "ours"]
+    for row in rows:
+        reason = "hq is the reference itself" if row["metric"] == "psnr" else NO_WEIGHTS
+        row |= {"method": "hq", "value": None, "reason": reason}
+    pq.write_table(pa.concat_tables([known, pa.Table.from_pylist(rows, known.schema)]), folder / "scores.parquet")
+    return folder
+
+
 def write_report(folder: Path, names: tuple[str, ...] = (), **header: Any) -> Path:
     """musiq is missing everywhere; Real-ESRGAN has no result for the last picture."""
     pictures = names or tuple(f"{group}/{i:02d} {group} #{i}" for group in ("face", "street") for i in range(6))

@@ -21,6 +21,14 @@ def test_labels_say_how_many_pictures_were_scored_and_are_missing(written_report
     assert axes.get_xlabel() == "psnr, dB (higher is better)"
 
 
+def test_a_method_that_can_have_no_score_has_no_row(report_with_reference):
+    table = read_score_table(report_with_reference)
+    by_name = {metric.name: metric for metric in table.metrics}
+    rows = {name: distribution_figure(table, by_name[name]).axes[0].get_yticklabels() for name in ("psnr", "ssim")}
+    assert [label.get_text().split("\n")[0] for label in rows["psnr"]] == ["ours", "SeeSR", "Real-ESRGAN"]
+    assert [label.get_text() for label in rows["ssim"]][-1] == "hq\nn=0, 12 missing"
+
+
 def test_the_same_scores_give_the_same_bytes(written_report, tmp_path):
     table = read_score_table(written_report)
     first, second = (write_figures(table, tmp_path / name) for name in ("a", "b"))

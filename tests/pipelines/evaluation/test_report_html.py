@@ -221,6 +221,15 @@ def test_a_link_opens_its_picture(page, written_report):
     assert page.find_element(By.ID, "viewer-title").text == "street/03 street #3"
 
 
+def test_a_chart_leaves_out_what_cannot_be_scored_and_says_what_is_missing(browser, report_with_reference):
+    browser.get(write(report_with_reference).as_uri())
+    charts = {text.splitlines()[0]: text for text in texts(browser, "#charts figure")}
+    psnr, ssim = (next(text for title, text in charts.items() if title.startswith(name)) for name in ("psnr", "ssim"))
+    assert "hq" not in psnr.split()
+    assert "12 missing" in ssim
+    assert "hq" in ssim.split()
+
+
 def test_a_dot_of_a_chart_opens_its_picture(page):
     dot = page.find_element(By.CSS_SELECTOR, "#charts .other .dot")
     page.execute_script("arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true}))", dot)

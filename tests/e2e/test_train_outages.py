@@ -34,20 +34,19 @@ def unsteady(faulty_s3: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
     return server
 
 
+@pytest.mark.soak
 @pytest.mark.ray
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("losses", ["driver", pytest.param("worker and driver", marks=pytest.mark.soak)])
 def test_an_unsteady_s3_and_a_lost_tracking_server_worker_and_driver_cost_no_update_no_metric_and_no_picture(
     local_ray,
     mlflow_server,
     unsteady,
     training,
+    undisturbed,
     trained_weights,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
-    losses: str,
 ) -> None:
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "")
@@ -55,25 +54,20 @@ def test_an_unsteady_s3_and_a_lost_tracking_server_worker_and_driver_cost_no_upd
     # Its nodes find the credentials in this process's environment, as those of a real one do in theirs.
     cluster = request.getfixturevalue("cluster")
     job = training(cluster, FLAGS, out=f"{unsteady.uri}/train")
-    suffer(job, mlflow_server, losses)
+    suffer(job, mlflow_server)
     print(f"injected: {dict(unsteady.injected)}")
     assert {fault for _, fault in unsteady.injected} >= {"500", "503", "reset", "lost"}
+    calm = undisturbed(FLAGS)
     client, run_id = MlflowClient(mlflow_server.uri), read_record(job.out)["run_id"]
-    told = account(client, run_id)
-    assert_complete(told)
-    trained = registered_weights(client, f"{job.out}/models/align", trained_weights, tmp_path / "cache")
-    if losses == "worker and driver":
-        calm = request.getfixturevalue("undisturbed")(FLAGS)
-        assert told == account(MlflowClient(calm.tracking_uri), calm.run_id)
-        expected = trained_weights(calm.model_uri)
-        assert trained.keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in trained.items())
+    assert_account(account(client, run_id), account(MlflowClient(calm.tracking_uri), calm.run_id))
+    expected = trained_weights(calm.model_uri)
+    assert_registered(client, f"{job.out}/models/align", trained_weights, expected, tmp_path / "cache")
     assert_nothing_left_over(job.out, job.checkpoints, unsteady)
     assert_no_secret_told(everything_told(job, client, run_id))
 
 
-def suffer(job: Any, server: Any, losses: str) -> None:
-    """The tracking server is killed, and while it is away the driver, or a worker and later the driver."""
+def suffer(job: Any, server: Any) -> None:
+    """The tracking server is killed, then a worker while it is away; it comes back, and then the driver is killed."""
     job.start()
     job.reach(8)
     server.kill()
@@ -82,20 +76,13 @@ def suffer(job: Any, server: Any, losses: str) -> None:
     waiting = open_checkpoint(job.checkpoints).meta["account"]["pending_log"]
     # Training is ahead of the newest checkpoint by two intervals at most.
     assert {entry["step"] for entry in waiting if entry["key"] == "train/loss"} >= set(range(lost + 9, lost + 13))
-    if losses == "driver":
-        job.driver.kill()
-        job.driver.wait()
-        assert job.update < NUM_UPDATES
-        server.start()
-        job.start()
-    else:
-        job.kill("worker")
-        job.reach(job.update + 4)
-        assert job.update < NUM_UPDATES
-        server.start()
-        job.reach(job.update + 4)
-        assert job.update < NUM_UPDATES
-        job.kill("driver")
+    job.kill("worker")
+    job.reach(job.update + 4)
+    assert job.update < NUM_UPDATES
+    server.start()
+    job.reach(job.update + 4)
+    assert job.update < NUM_UPDATES
+    job.kill("driver")
     job.end()
 
 
@@ -119,20 +106,23 @@ def curve(client: MlflowClient, run_id: str, key: str) -> dict[int, set[float]]:
     return values
 
 
-def assert_complete(actual: dict[str, Any]) -> None:
+def assert_account(actual: dict[str, Any], calm: dict[str, Any]) -> None:
+    assert actual == calm
     for key in ("train/loss", "train/lr"):
         assert list(actual[key]) == list(range(1, NUM_UPDATES + 1))
         assert all(len(values) == 1 for values in actual[key].values())
     assert {step for _, _, step in actual["pictures"]} == {"20", "40", "60"}
 
 
-def registered_weights(client: MlflowClient, model_uri: str, weights: Any, cache: Path) -> dict[str, torch.Tensor]:
-    """Of the registered model, which is the one at `model_uri`."""
+def assert_registered(
+    client: MlflowClient, model_uri: str, weights: Any, expected: dict[str, Any], cache: Path
+) -> None:
     version = client.get_model_version_by_alias("faithdiff-nano", "candidate")
     assert version.source == version.tags["model_uri"] == model_uri
     assert version.tags["model_digest"] == published_digest(model_uri)
-    found: dict[str, torch.Tensor] = weights(resolve_model("models:/faithdiff-nano@candidate", cache).path)
-    return found
+    actual = weights(resolve_model("models:/faithdiff-nano@candidate", cache).path)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in actual.items())
 
 
 def assert_nothing_left_over(out: str, checkpoints: str, server: Any) -> None:

@@ -122,6 +122,7 @@ def infra_with_kubectl(infra_copy: Any, local: Local) -> Any:
     return infra_copy
 
 
+@pytest.mark.soak
 def test_a_training_is_submitted_through_a_port_forward_and_leaves_a_registered_model(
     local: Local, infra_with_kubectl: Any, prepared_dataset: str
 ) -> None:

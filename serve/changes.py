@@ -5,19 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
+
+from serve.database import Database
 
 logger = logging.getLogger(__name__)
 
 _PAUSE_S = 1.0
-
-
-class TellsChanges(Protocol):
-    """What a feed needs of a `serve.database.Database`."""
-
-    def changes(self, ended: threading.Event) -> Iterator[None]: ...
 
 
 class ChangeFeed:
@@ -26,7 +21,7 @@ class ChangeFeed:
     A hint, no more: whoever waits looks by themselves now and then, for the database may be away meanwhile.
     """
 
-    def __init__(self, database: TellsChanges, told: Callable[[], None]) -> None:
+    def __init__(self, database: Database, told: Callable[[], None]) -> None:
         self._database, self._told = database, told
         self._loop = asyncio.get_running_loop()
         self._ended = threading.Event()

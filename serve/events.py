@@ -89,6 +89,7 @@ class JobWatcher:
             while self._num_followers:
                 self._changed.clear()
                 await self._look_if_possible()
+                await asyncio.sleep(_REST_S)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), self._poll_s)
         finally:
@@ -97,7 +98,6 @@ class JobWatcher:
     async def _look_if_possible(self) -> None:
         try:
             await self._look(list(self._num_followers))
-            await asyncio.sleep(_REST_S)
         except Exception:
             # The streams outlive a database that is away for a while.
             logger.exception("events: the job database does not answer; it is asked again")

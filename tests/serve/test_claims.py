@@ -171,7 +171,7 @@ async def test_a_new_job_is_taken_although_the_next_look_is_far_away(
 async def test_the_job_of_a_replica_that_is_gone_goes_on_from_its_latents(
     store: JobStore, storage: Storage, model: ServedModel, around: Any, submit: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job_id = submit(side_px=96, steps=15)
+    job_id = submit(side_px=96, steps=25)
     async with running(around("first"), model, HASTY) as first:
         await _until(lambda: any(name.endswith("canvas.safetensors") for name in storage.list("jobs/")))
         stored_at = _get(store, job_id).step
@@ -182,7 +182,7 @@ async def test_the_job_of_a_replica_that_is_gone_goes_on_from_its_latents(
             await _until(lambda: _get(store, job_id).step > 0)
             assert _get(store, job_id).step >= min(1, stored_at)
             await _until(lambda: _get(store, job_id).state is JobState.DONE)
-    assert np.array_equal(_result(store, storage, job_id), _restored(model, 96, 15))
+    assert np.array_equal(_result(store, storage, job_id), _restored(model, 96, 25))
     job = _get(store, job_id)
     assert (job.attempt, job.num_lost_attempts) == (2, 1)
     assert job.result is not None
@@ -193,7 +193,7 @@ async def test_the_job_of_a_replica_that_is_gone_goes_on_from_its_latents(
 async def test_what_a_stalled_replica_publishes_late_is_not_heard_and_leaves_no_file(
     store: JobStore, storage: Storage, model: ServedModel, around: Any, submit: Any
 ) -> None:
-    job_id = submit(side_px=96, steps=15)
+    job_id = submit(side_px=96, steps=25)
     async with running(around("stalled"), model) as stalled:
         await _until(lambda: _get(store, job_id).state is JobState.RUNNING)
         for loop in stalled._loops:  # it computes on, and tells nothing
@@ -211,7 +211,7 @@ async def test_what_a_stalled_replica_publishes_late_is_not_heard_and_leaves_no_
 async def test_latents_that_are_still_being_stored_when_their_job_is_done_do_not_stay(
     store: JobStore, storage: Storage, model: ServedModel, around: Any, submit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id, write, begun = submit(side_px=96, steps=15), Storage.write_bytes_atomic, threading.Event()
+    job_id, write, begun = submit(side_px=96, steps=25), Storage.write_bytes_atomic, threading.Event()
 
     def slow(self: Storage, name: str, data: bytes) -> None:
         if name.endswith("canvas.safetensors"):
@@ -233,7 +233,7 @@ async def test_latents_that_are_still_being_stored_when_their_job_is_done_do_not
 async def test_a_stopped_replica_finishes_what_it_can_and_hands_the_rest_over(
     store: JobStore, storage: Storage, model: ServedModel, around: Any, submit: Any
 ) -> None:
-    long_id = submit(side_px=96, steps=15)
+    long_id = submit(side_px=96, steps=25)
     async with running(around("first"), model) as first:
         await _until(lambda: _get(store, long_id).step > 2)
         await first.stop(grace_s=0.0)
@@ -242,7 +242,7 @@ async def test_a_stopped_replica_finishes_what_it_can_and_hands_the_rest_over(
         assert job.num_lost_attempts == 0
         async with running(around("second"), model):
             await _until(lambda: _get(store, long_id).state is JobState.DONE)
-    assert np.array_equal(_result(store, storage, long_id), _restored(model, 96, 15))
+    assert np.array_equal(_result(store, storage, long_id), _restored(model, 96, 25))
     short_id = submit(steps=2)
     async with running(around("third"), model) as third:
         await _until(lambda: _get(store, short_id).state is not JobState.QUEUED)

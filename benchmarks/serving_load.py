@@ -6,7 +6,7 @@
 2. Fairness: a small job on an idle service, and behind a job with 64 times its pixels; median and 99th percentile.
 3. Load: 200 jobs of mixed sizes from 16 clients; pictures per second, waits by size, what was refused or failed.
 
-Prints a table and writes JSON.
+Prints a table and writes JSON. RAY_SERVE_ENABLE_HA_PROXY=1 measures it as clusters run it, behind HAProxy.
 
     python benchmarks/serving_load.py [--small-px 64] [--rounds 40] [--jobs 200] [--clients 16]
 """
@@ -14,6 +14,7 @@ Prints a table and writes JSON.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -222,6 +223,7 @@ def main(
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()  # noqa: S607
     about = {"small_px": small_px, "steps": steps, "tile_px": tile_px, "replicas": replicas, "clients": clients}
     about |= {"machine": platform.machine(), "torch": torch.__version__, "commit": commit}
+    about |= {"haproxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"}
     out.mkdir(parents=True, exist_ok=True)
     (out / "serving_load.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI
 
 from serve.captioner import Captioner, CaptionerConfig
+from serve.exposure import check_exposure
 from serve.form import UpscaleRequest
 from serve.gateway import Gateway, GatewayConfig, Unavailable, build_api
 from serve.job_run import Captioning, Unreachable
@@ -24,8 +26,10 @@ from sr_platform.storage import open_storage
 
 from ray import serve  # isort: skip
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError  # isort: skip
+from ray.serve.context import _get_global_client  # isort: skip
 from ray.serve.exceptions import RayServeException  # isort: skip
 from ray.serve.handle import DeploymentHandle  # isort: skip
+from ray.util import get_node_ip_address  # isort: skip
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +64,8 @@ class ServedGateway(Gateway):
     def __init__(self, cfg: dict[str, Any], handle: DeploymentHandle) -> None:
         settings = GatewayConfig.model_validate(cfg)
         self._process = make_visible(settings.logs)
+        if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+            _check_exposure(settings)
         store, storage = JobStore(settings.store_url), open_storage(settings.storage_uri)
         super().__init__(settings, RestorerHandle(handle), store, storage)
 
@@ -103,6 +109,12 @@ class ServedCaptioner(Captioner):
 
     def __init__(self, cfg: dict[str, Any]) -> None:
         super().__init__(CaptionerConfig.model_validate(cfg))
+
+
+def _check_exposure(cfg: GatewayConfig) -> None:
+    # What Serve was started with is told by no public call.
+    http_host = _get_global_client().http_config.host
+    check_exposure(cfg, http_host=http_host or "0.0.0.0", node_address=get_node_ip_address())  # noqa: S104
 
 
 def captioning(handle: DeploymentHandle) -> Captioning:

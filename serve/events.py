@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 
@@ -104,14 +104,16 @@ class JobWatcher:
             await asyncio.sleep(self._poll_s)
 
     async def _look(self, job_ids: list[str]) -> None:
-        jobs = await asyncio.to_thread(self._store.watch, job_ids)
-        waiting = [job_id for job_id, job in jobs.items() if job.state is JobState.QUEUED]
-        positions = await asyncio.to_thread(self._store.queue_position, waiting) if waiting else {}
-        for job_id in job_ids:
-            if job_id in self._num_followers:
-                self._latest[job_id] = Sighting(jobs.get(job_id), positions.get(job_id))
+        seen = await asyncio.to_thread(self._seen, job_ids)
+        self._latest |= {job_id: sighting for job_id, sighting in seen.items() if job_id in self._num_followers}
         looked, self._looked = self._looked, asyncio.Event()
         looked.set()
+
+    def _seen(self, job_ids: Sequence[str]) -> dict[str, Sighting]:
+        jobs = self._store.watch(job_ids)
+        waiting = [job_id for job_id, job in jobs.items() if job.state is JobState.QUEUED]
+        positions = self._store.queue_position(waiting) if waiting else {}
+        return {job_id: Sighting(jobs.get(job_id), positions.get(job_id)) for job_id in job_ids}
 
 
 async def event_stream(

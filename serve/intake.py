@@ -126,45 +126,45 @@ class Intake:
 
     async def speed(self) -> Speed:
         """What replicas have reported, at most a few seconds ago."""
-        if self._speed is None or time.monotonic() > self._speed_until_s:
-            replicas = await asyncio.to_thread(self._store.replicas)
-            self._speed, self._speed_until_s = speed_of(replicas, self._rates), time.monotonic() + _SPEED_LASTS_S
-        return self._speed
+        if self._speed is not None and time.monotonic() < self._speed_until_s:
+            return self._speed
+        return await asyncio.to_thread(self._measured_speed)
 
     async def wait_s(self) -> float:
         """Seconds until what waits now is worked off."""
         backlog = await asyncio.to_thread(self._store.backlog)
         return _drain_s(backlog, await self.speed())
 
-    async def check_room(self, key_id: str, megapixels: float) -> None:
-        """Raises Problem 429 or 503 when a job of so many megapixels would make the queue too long.
+    def check_room(self, key_id: str, megapixels: float) -> None:
+        """Raises Problem 429 or 503 when a job of so many megapixels would make the queue too long. Blocks.
 
         A picture larger than the limit itself is let in when nothing else is there.
         """
-        everybodys = await asyncio.to_thread(self._store.backlog)
+        everybodys = self._store.backlog()
         allowed = self._cfg.max_queued_megapixels_per_key
         # What waits for one key is no more than what waits for all.
         if everybodys.megapixels + megapixels <= min(allowed, self._cfg.max_queued_megapixels):
             return
-        own = await asyncio.to_thread(self._store.backlog, key_id)
+        own = self._store.backlog(key_id)
         if own.megapixels and own.megapixels + megapixels > allowed:
             detail = (
                 f"key: {own.megapixels:,.1f} megapixels of its jobs wait, {allowed:,g} are allowed; send this later"
             )
-            raise Problem(
-                429, "key-queue-full", detail, retry_after_s=await self._retry_after_s(own, megapixels, allowed)
-            )
+            raise Problem(429, "key-queue-full", detail, retry_after_s=self._retry_after_s(own, megapixels, allowed))
         allowed = self._cfg.max_queued_megapixels
         if everybodys.megapixels and everybodys.megapixels + megapixels > allowed:
             detail = f"queue: {everybodys.megapixels:,.1f} megapixels wait, {allowed:,g} are allowed; send this later"
-            raise Problem(
-                503, "queue-full", detail, retry_after_s=await self._retry_after_s(everybodys, megapixels, allowed)
-            )
+            raise Problem(503, "queue-full", detail, retry_after_s=self._retry_after_s(everybodys, megapixels, allowed))
 
-    async def _retry_after_s(self, backlog: Backlog, megapixels: float, allowed: float) -> float:
+    def _retry_after_s(self, backlog: Backlog, megapixels: float, allowed: float) -> float:
         """Until enough of the backlog is worked off."""
         share = min(1.0, (backlog.megapixels + megapixels - allowed) / backlog.megapixels)
-        return min(_LONGEST_RETRY_S, share * _drain_s(backlog, await self.speed()))
+        return min(_LONGEST_RETRY_S, share * _drain_s(backlog, self._measured_speed()))
+
+    def _measured_speed(self) -> Speed:
+        self._speed = speed = speed_of(self._store.replicas(), self._rates)
+        self._speed_until_s = time.monotonic() + _SPEED_LASTS_S
+        return speed
 
 
 def _drain_s(backlog: Backlog, speed: Speed) -> float:

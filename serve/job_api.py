@@ -63,11 +63,11 @@ class JobEndpoints:
             expected = await self._intake.estimate(upload.size_px, upload.wanted)
             note_size(request, expected.megapixels)
             new = self._new_job(request, caller, idempotency_key, upload, expected)
-            job, is_new = await self._accept(caller, new, upload.data)
+            job, is_new, position = await self._accept(caller, new, upload.data)
         headers = {"Location": f"/v1/jobs/{job.id}"}
         if not is_new:
             headers["Idempotency-Replayed"] = "true"
-        return _json(await self._view(job), 202, headers)
+        return _json(job_json(job, position, self._rates), 202, headers)
 
     async def get(self, request: Request, job_id: str) -> JobJson:
         """One job, as it is now."""
@@ -150,37 +150,42 @@ class JobEndpoints:
             submitted_at=now_s,
         )
 
-    async def _accept(self, caller: Caller, new: NewJob, data: bytes) -> tuple[Job, bool]:
-        """The row, and whether it is new. Repeated requests wait for each other: only the first is counted."""
+    async def _accept(self, caller: Caller, new: NewJob, data: bytes) -> tuple[Job, bool, int | None]:
+        """The row, whether it is new, its place. Repeated requests wait for each other: only the first is counted."""
         if new.idempotency_key is None:
-            return await self._store_and_submit(caller, new, data)
+            return await asyncio.to_thread(self._accept_now, caller, new, data)
         name = f"{caller.key_id} {new.idempotency_key}"
         turn = self._turns.setdefault(name, asyncio.Lock())
         async with turn:
-            return await self._store_and_submit(caller, new, data)
+            return await asyncio.to_thread(self._accept_now, caller, new, data)
 
-    async def _store_and_submit(self, caller: Caller, new: NewJob, data: bytes) -> tuple[Job, bool]:
+    def _accept_now(self, caller: Caller, new: NewJob, data: bytes) -> tuple[Job, bool, int | None]:
+        """All that blocks, in one thread: to change threads takes about as long as a look into the database."""
+        job, is_new = self._store_and_submit(caller, new, data)
+        return job, is_new, self._store.queue_position([job.id]).get(job.id)
+
+    def _store_and_submit(self, caller: Caller, new: NewJob, data: bytes) -> tuple[Job, bool]:
         """The input is in storage before there is a row that needs it."""
-        replayed = await self._replayed(new)
+        replayed = self._replayed(new)
         if replayed is not None:
             return replayed, False
-        await self._intake.check_room(caller.key_id, new.megapixels)
-        await self._access.take(caller, new.megapixels)
-        await asyncio.to_thread(self._storage.write_bytes_atomic, new.input_name, data)
+        self._intake.check_room(caller.key_id, new.megapixels)
+        self._access.take_now(caller, new.megapixels)
+        self._storage.write_bytes_atomic(new.input_name, data)
         try:
-            job, is_new = await asyncio.to_thread(self._store.submit, new)
+            job, is_new = self._store.submit(new)
         except KeyReused as error:
-            await asyncio.to_thread(self._storage.delete, new.input_name)
+            self._storage.delete(new.input_name)
             raise _key_reused() from error
         if not is_new:
-            await asyncio.to_thread(self._storage.delete, new.input_name)
+            self._storage.delete(new.input_name)
         return job, is_new
 
-    async def _replayed(self, new: NewJob) -> Job | None:
+    def _replayed(self, new: NewJob) -> Job | None:
         """The job that this key has made before: repeating a request costs nothing."""
         if new.idempotency_key is None:
             return None
-        job = await asyncio.to_thread(self._store.find, new.key_id, new.idempotency_key)
+        job = self._store.find(new.key_id, new.idempotency_key)
         if job is not None and job.request_digest != new.request_digest:
             raise _key_reused()
         return job

@@ -78,7 +78,7 @@ class JobRun:
     async def work(self) -> None:
         """Runs to the job's end. Raises only what the database or the storage raises while the end is written."""
         try:
-            finished = await self._finish(await self._restore())
+            finished = await self._restore()
         except Exception as error:  # noqa: BLE001 - whatever it is, the job must end
             await self._end(error)
         else:
@@ -133,10 +133,11 @@ class JobRun:
         released = await asyncio.to_thread(self.around.store.release, job.id, self.around.owner, job.attempt)
         logger.info("claims: job %s was %s", job.id, "given back" if released else "gone already")
 
-    async def _restore(self) -> ResultFile:
+    async def _restore(self) -> bool:
+        """Whether the picture was this attempt's to publish."""
         job = self.job
         with span("read"):
-            source, resume = await asyncio.to_thread(self._read)
+            source, resume, peers = await asyncio.to_thread(self._read)
         request = await self._described(UpscaleRequest.model_validate(job.request), source)
         self.ticket = self.model.submit(
             source.rgb,
@@ -145,7 +146,7 @@ class JobRun:
             name=f"{job.id}-{job.attempt}-{uuid.uuid4().hex[:8]}",
             priority=job.priority,
             resume=resume,
-            peers=await asyncio.to_thread(self.around.peers, job),
+            peers=peers,
             trace=current(),
         )
         if self.is_lost:
@@ -153,7 +154,7 @@ class JobRun:
         restored = await asyncio.wrap_future(self.ticket.future)
         self.phase = "store"
         with span("store"):
-            return await asyncio.to_thread(self._write, request, source, restored.array)
+            return await asyncio.to_thread(lambda: self._finish(self._write(request, source, restored.array)))
 
     async def _described(self, request: UpscaleRequest, source: PictureFile) -> UpscaleRequest:
         """With a prompt by the captioner, where one was asked for."""
@@ -162,20 +163,19 @@ class JobRun:
         with span("caption"):
             return request.model_copy(update={"prompt": await self.around.caption(source.rgb)})
 
-    def _read(self) -> tuple[PictureFile, CanvasState | None]:
-        """The picture, checked when the job was accepted, and the state another attempt has left, if any."""
+    def _read(self) -> tuple[PictureFile, CanvasState | None, Sequence[Peer]]:
+        """The picture, checked when the job was accepted, the state another attempt has left, and who may help."""
         from faithdiff.canvas_state import CanvasState
         from faithdiff.errors import InputError
 
-        job, storage = self.job, self.around.storage
+        job, storage, resume = self.job, self.around.storage, None
         source = images.read_picture(storage.read_bytes(job.input_name), images.ACCEPTED)
-        if job.attempt == 1:
-            return source, None
-        try:
-            return source, CanvasState.from_bytes(storage.read_bytes(_snapshot_name(job)))
-        except (InputDataError, InputError) as error:
-            logger.info("claims: job %s starts from its beginning: %s", job.id, error)
-            return source, None
+        if job.attempt > 1:
+            try:
+                resume = CanvasState.from_bytes(storage.read_bytes(_snapshot_name(job)))
+            except (InputDataError, InputError) as error:
+                logger.info("claims: job %s starts from its beginning: %s", job.id, error)
+        return source, resume, self.around.peers(job)
 
     def _write(self, request: UpscaleRequest, source: PictureFile, restored: np.ndarray) -> ResultFile:
         """Encodes the picture and stores it under the attempt's own name, so that a late one overwrites nothing."""
@@ -185,11 +185,10 @@ class JobRun:
         height, width = restored.shape[:2]
         return ResultFile(name, media_type, len(data), hashlib.sha256(data).hexdigest(), (width, height))
 
-    async def _finish(self, result: ResultFile) -> bool:
+    def _finish(self, result: ResultFile) -> bool:
         job, around, info = self.job, self.around, self.model.info
         assert self.ticket is not None
-        finished = not self.is_lost and await asyncio.to_thread(
-            around.store.finish,
+        finished = not self.is_lost and around.store.finish(
             job.id,
             around.owner,
             job.attempt,
@@ -200,9 +199,9 @@ class JobRun:
         )
         if not finished:
             logger.warning("claims: job %s: the result of attempt %s came too late", job.id, job.attempt)
-            await asyncio.to_thread(around.storage.delete, result.name)
+            around.storage.delete(result.name)
         else:
-            await asyncio.to_thread(self._remove_snapshot)
+            self._remove_snapshot()
         return finished
 
     async def _end(self, error: Exception) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from pydantic import Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.access import is_loopback
 from serve.measurements import NO_SIZE, observe_request, size_class
 from serve.problems import Problem
 from sr_platform.config import StrictConfig
@@ -105,7 +105,7 @@ def check_scraper(request: Request, cfg: MetricsConfig) -> None:
         return
     # A proxy on this machine may ask for somebody else.
     peer = request.client.host if request.client else ""
-    if any(name in request.headers for name in _FORWARDED) or not _is_loopback(peer):
+    if any(name in request.headers for name in _FORWARDED) or not is_loopback(peer):
         raise Problem(
             403, "local-only", "metrics: only this machine may ask; the operator may set metrics.token_sha256"
         )
@@ -195,10 +195,3 @@ def _forget_backlog() -> None:
 def _set_replicas(states: Mapping[str, int]) -> None:
     for state in _STATES_OF_REPLICAS:
         _REPLICAS.labels(state.lower()).set(states.get(state, 0))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

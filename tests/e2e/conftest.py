@@ -1,12 +1,18 @@
-"""A training as its user starts it, on a cluster that loses what is killed, and the same one left in peace."""
+"""A training as its user starts it, on a cluster that loses what is killed, and the same one left in peace; the service
+behind HAProxy, as clusters serve it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +190,52 @@ def learnt_difference() -> Callable[[dict[str, torch.Tensor], dict[str, torch.Te
         return float((flat[0] - flat[1]).norm() / (flat[1] - flat[2]).norm())
 
     return measure
+
+
+@pytest.fixture
+def haproxy_variables() -> Iterator[dict[str, str]]:
+    """What makes Ray's processes serve behind HAProxy, with ports and files that no other HAProxy here has."""
+    # A short name, for sockets lie in it.
+    with tempfile.TemporaryDirectory(prefix="ha_", ignore_cleanup_errors=True) as folder:
+        yield {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+            # No load balancer in front has to hear of a gateway that leaves.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        }
+
+
+@pytest.fixture
+def served_behind_haproxy(haproxy_variables: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """`served_behind_haproxy(settings)`: the address of the application on a Ray of its own."""
+    script = Path(__file__).with_name("serve_application.py")
+
+    @contextmanager
+    def service(settings: dict[str, Any]) -> Iterator[str]:
+        command = [sys.executable, str(script), json.dumps(settings)]
+        env, pipe = os.environ | haproxy_variables, subprocess.PIPE
+        with (tmp_path / "service.log").open("w+") as log:
+            process = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=log, text=True)
+            try:
+                assert process.stdout is not None
+                address = next((line.split()[-1] for line in process.stdout if line.startswith("serving at ")), "")
+                assert address, (tmp_path / "service.log").read_text()[-3000:]
+                yield address
+            finally:
+                process.communicate(timeout=120)
+
+    with ExitStack() as stack:
+        yield lambda settings: stack.enter_context(service(settings))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port

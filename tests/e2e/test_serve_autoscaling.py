@@ -1,10 +1,10 @@
-"""Restorers from zero and back on a real Ray Serve, and a new version behind an alias while jobs go on."""
+"""Restorers from zero and back on a real Ray Serve behind HAProxy, and a new version behind an alias."""
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,28 +24,16 @@ PRESET_PATH = Path(faithdiff.__file__).parent / "presets" / "nano"
 
 
 @pytest.fixture
-def serving(local_ray: None, tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], httpx.Client]]:
+def serving(served_behind_haproxy: Any, tmp_path: Path) -> Iterator[Callable[[dict[str, Any]], httpx.Client]]:
     """`serving({"restorer": {...}})` deploys the application and gives a client of it."""
-    from ray import serve
+    with ExitStack() as clients:
 
-    from serve.app import build_app
+        def deploy(settings: dict[str, Any]) -> httpx.Client:
+            gateway = {"store_url": f"sqlite:///{tmp_path}/jobs.db", "storage_uri": str(tmp_path / "files")}
+            url = served_behind_haproxy({**settings, "gateway": gateway})
+            return clients.enter_context(httpx.Client(base_url=url, timeout=120))
 
-    clients: list[httpx.Client] = []
-
-    def deploy(settings: dict[str, Any]) -> httpx.Client:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        gateway = {"store_url": f"sqlite:///{tmp_path}/jobs.db", "storage_uri": str(tmp_path / "files")}
-        serve.start(http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 300})
-        serve.run(build_app({**settings, "gateway": gateway}), name="faithdiff", route_prefix="/")
-        clients.append(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120))
-        return clients[0]
-
-    yield deploy
-    for client in clients:
-        client.close()
-    serve.shutdown()
+        yield deploy
 
 
 def _png(side_px: int = 48) -> bytes:

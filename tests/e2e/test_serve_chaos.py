@@ -1,4 +1,6 @@
-"""Jobs under load while replicas, gateways and nodes are killed and the application is restarted; clients count."""
+"""Jobs under load, behind HAProxy as on a cluster, while replicas, gateways and nodes are killed and the application is
+restarted; clients count.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +147,11 @@ def listener() -> Iterator[Listener]:
 
 
 @pytest.fixture
-def service(tmp_path: Path, listener: Listener) -> Iterator[Service]:
+def service(
+    tmp_path: Path, listener: Listener, haproxy_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Service]:
+    for name, value in haproxy_variables.items():
+        monkeypatch.setenv(name, value)
     made = Service(tmp_path, listener.port)
     yield made
     made.close()
@@ -189,7 +195,7 @@ class Client:
                 answer = None
             if answer is not None and answer.status_code == status:
                 return answer
-            # While there is no application, Serve's proxy itself answers 404 to everything.
+            # While there is no application, Serve itself answers 404 to everything.
             assert answer is None or answer.status_code in (404, 429, 500, 502, 503, 504), answer.text
             assert time.monotonic() < ends_s, (method, path, answer and answer.text)
             self.num_retries += 1

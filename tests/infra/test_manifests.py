@@ -387,5 +387,16 @@ def test_serve_takes_the_configuration(rendered: dict[str, str], environment: st
     assert config["http_options"]["port"] in ports_of(group["template"]["spec"])
 
 
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_every_node_serves_behind_haproxy_and_cuts_no_request_short(rendered: dict[str, str], environment: str) -> None:
+    service = next(d for d in load_all(rendered[environment]) if d["kind"] == "RayService")
+    longest_s = yaml.safe_load(service["spec"]["serveConfigV2"])["http_options"]["request_timeout_s"]
+    for pod in pod_specs(service):
+        [ray] = pod["containers"]
+        variables = {variable["name"]: variable.get("value") for variable in ray["env"]}
+        assert variables["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        assert float(variables["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) >= longest_s
+
+
 def ports_of(pod: dict[str, Any]) -> list[int]:
     return [port["containerPort"] for container in containers(pod) for port in container.get("ports", [])]

@@ -57,7 +57,13 @@ def png(height: int, width: int) -> bytes:
 def service(folder: Path, tile_px: int, replicas: int, port: int) -> Iterator[httpx.Client]:
     """The application with nano on a Ray of its own."""
     cfg = {
-        "restorer": {"num_replicas": replicas, "tile_px": tile_px, "spread": {"max_peers": 0}},
+        # In proportion to nano's tiles, as 1024 px are to SDXL's.
+        "restorer": {
+            "num_replicas": replicas,
+            "tile_px": tile_px,
+            "vae_tile_px": tile_px,
+            "spread": {"max_peers": 0},
+        },
         "gateway": {
             "store_url": f"sqlite:///{folder}/jobs.db",
             "storage_uri": str(folder / "files"),
@@ -108,7 +114,7 @@ def overhead(
     """
     pipeline = FaithDiffPipeline.from_pretrained("nano")
     picture = png(small_px, small_px)
-    settings = {"scale": 1, "num_inference_steps": 1, "seed": _SEED, "tile_px": tile_px}
+    settings = {"scale": 1, "num_inference_steps": 1, "seed": _SEED, "tile_px": tile_px, "vae_tile_px": tile_px}
     fields = {**fields, "num_inference_steps": "1"}
     parts: list[dict[str, float]] = []
 
@@ -146,20 +152,19 @@ def overhead(
 
 
 def fairness(client: httpx.Client, small_px: int, fields: dict[str, str], rounds: int) -> dict[str, Any]:
-    """Seconds of a small job alone and behind a large one."""
+    """Seconds of a small job alone, and behind a large one in whichever of its phases."""
     small, large = png(small_px, small_px), png(8 * small_px, 8 * small_px)
     pauses = np.random.default_rng(0)
     alone, behind = [], []
     job_s(client, small, fields)
     while len(behind) < rounds:
-        alone.append(job_s(client, small, fields))
+        alone += [job_s(client, small, fields) for _ in range(10)]
         large_id = client.post("/v1/jobs", files={"picture": large}, data=fields).json()["id"]
         while client.get(f"/v1/jobs/{large_id}").json()["state"] == "queued":
             time.sleep(0.01)
-        for _ in range(5):
-            time.sleep(float(pauses.uniform(0, 0.3)))
-            if client.get(f"/v1/jobs/{large_id}").json()["state"] == "running":
-                behind.append(job_s(client, small, fields))
+        while len(behind) < rounds and client.get(f"/v1/jobs/{large_id}").json()["state"] == "running":
+            behind.append(job_s(client, small, fields))
+            time.sleep(float(pauses.uniform(0, 0.5)))
         client.delete(f"/v1/jobs/{large_id}")
         while client.get(f"/v1/jobs/{large_id}").json()["state"] in ("queued", "running"):
             time.sleep(0.02)

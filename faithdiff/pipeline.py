@@ -202,8 +202,8 @@ class FaithDiffPipeline:
 
         `image` is a PIL image, or uint8 or uint16 RGB [H, W, 3], of any size. `guidance_scale` <= 1 turns guidance off:
         the prompt alone predicts. `start_from` "lq" starts from the noised input, "noise" from noise alone. Sizes in
-        pixels are one number or (height, width), multiples of 8; a picture longer than `vae_tile_px` passes the VAE
-        in parts, with the same result. `callback(step, num_steps, preview)` follows every
+        pixels are one number or (height, width), multiples of 8; a picture longer than `vae_tile_px`, a multiple of
+        64, passes the VAE in parts, with the same result. `callback(step, num_steps, preview)` follows every
         step; returning False cancels. `compat="released"` gives the released code's numbers. The last four replace
         what would be drawn or encoded: unit `noise` and scaled `lq_latents` [1, 4, H/8, W/8], and text embeddings.
 

@@ -54,10 +54,12 @@ class RestorationRequest:
         self._check_tiles()
 
     def _check_tiles(self) -> None:
-        if self.vae_tile_px < 8 * MIN_TILE_PX or self.vae_tile_px % MIN_TILE_PX:
+        # The released code takes latents of tile_px / 8 a side for a tile.
+        least_px = 8 * MIN_TILE_PX if self.switches.vae_tiling == "released" else MIN_TILE_PX
+        if self.vae_tile_px < least_px or self.vae_tile_px % MIN_TILE_PX:
             raise InputError(
                 f"request: vae_tile_px is {self.vae_tile_px}; it must be a multiple of {MIN_TILE_PX}, "
-                f"at least {8 * MIN_TILE_PX}"
+                f"at least {least_px}"
             )
         for side in self.tile_size_px:
             if side < MIN_TILE_PX or side % CELL_PX:

@@ -47,6 +47,9 @@ class ModelConfig(StrictConfig):
     """Compile the network's repeated blocks: minutes at the start, faster steps afterwards."""
     tile_px: int = Field(default=1024, ge=64, multiple_of=8)
     """Side of the tiles in which large pictures are restored."""
+    vae_tile_px: int = Field(default=1024, ge=64, multiple_of=64)
+    """Pictures with longer sides are encoded and decoded in bands of so many pixels squared. Others wait for one band
+    of a picture, and for all of a picture that is smaller: a smaller side takes less memory and more time."""
     cache_path: Path | None = None
     """Where registered models are downloaded to; by default a folder under ~/.cache."""
     engine: EngineConfig = EngineConfig()
@@ -83,6 +86,7 @@ class ServedModel:
     pipeline: FaithDiffPipeline
     engine: Engine
     tile_px: int
+    vae_tile_px: int
 
     def submit(
         self,
@@ -106,7 +110,7 @@ class ServedModel:
         """What is asked of the pipeline. Raises InputError."""
         from faithdiff.request import RestorationRequest
 
-        return RestorationRequest(**wanted.restoration_fields(), tile_px=self.tile_px)
+        return RestorationRequest(**wanted.restoration_fields(), tile_px=self.tile_px, vae_tile_px=self.vae_tile_px)
 
 
 def park_model(model: str, cfg: ModelConfig) -> ParkedModel:
@@ -163,7 +167,7 @@ def serve_model(parked: ParkedModel, cfg: ModelConfig) -> ServedModel:
     set_cold_start(download_s=info.download_s, load_s=info.load_s, compile_s=info.compile_s)
     set_model(info.model, info.version)
     logger.info("model: ready: %s", info)
-    return ServedModel(info, pipeline, engine, cfg.tile_px)
+    return ServedModel(info, pipeline, engine, cfg.tile_px, cfg.vae_tile_px)
 
 
 def load_model(model: str, cfg: ModelConfig) -> ServedModel:

@@ -86,11 +86,19 @@ def test_released_compatibility_changes_the_picture_and_unknown_ones_are_refused
 
 def test_a_large_picture_passes_the_vae_in_parts_with_the_same_result(nano, photograph):
     rgb = photograph(40, 700)
-    whole, parts = (
+    whole, *parts = (
         np.asarray(nano(rgb, 1, vae_tile_px=size, num_inference_steps=1, color_fix="none").image).astype(int)
-        for size in (1024, 512)
+        for size in (1024, 512, 64)
     )
-    assert abs(whole - parts).max() <= 1
+    assert max(abs(whole - part).max() for part in parts) <= 1
+
+
+@pytest.mark.parametrize(("tiling", "least_px"), [("exact", 64), ("released", 512)])
+def test_a_part_for_the_vae_has_a_least_size(tiling, least_px):
+    switches = Switches(vae_tiling=tiling)
+    for wrong_px in (least_px - 64, least_px + 32):
+        with pytest.raises(InputError, match=f"vae_tile_px is {wrong_px}; .* multiple of 64, at least {least_px}"):
+            RestorationRequest(vae_tile_px=wrong_px, switches=switches)
 
 
 def test_a_callback_sees_every_step_with_a_picture_and_may_cancel(nano, photograph):

@@ -13,7 +13,7 @@ from serve.served_model import ModelInfo, ServedModel
 from serve.team import SharedPicture
 
 INFO = ModelInfo("nano", "nano/3", None, "cpu", "float32", 0.0, 0.0)
-SERVED: Any = ServedModel(INFO, None, None, 64)  # type: ignore[arg-type]
+SERVED: Any = ServedModel(INFO, None, None, 64, 1024)  # type: ignore[arg-type]
 
 
 def _report(store: JobStore, name: str, **settings: Any) -> None:

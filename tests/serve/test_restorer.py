@@ -50,6 +50,20 @@ async def test_a_picture_is_restored_as_by_the_pipeline_itself(restorer: Restore
     assert restored.report["seconds"]["encode"] > 0
 
 
+async def test_tiles_and_bands_are_those_of_its_settings(picture: np.ndarray) -> None:
+    sizes = {"tile_px": 64, "vae_tile_px": 64}
+    made = Restorer("nano", ModelConfig(**sizes, engine=EngineConfig(memory_bytes=2 * 10**9)))
+    try:
+        large = np.tile(picture, (3, 3, 1))
+        restored = await made.restore(large, QUICK)
+    finally:
+        made.close()
+    nano = FaithDiffPipeline.from_pretrained("nano")
+    direct = nano(large, scale=2, num_inference_steps=2, seed=5, **sizes)
+    assert np.array_equal(restored.image, direct.array)
+    assert restored.report["tiles"] == direct.report["tiles"] > 1
+
+
 async def test_sixteen_bits_come_back_as_sixteen_bits(restorer: Restorer, picture: np.ndarray) -> None:
     restored = await restorer.restore(picture.astype(np.uint16) * 257, QUICK)
     assert restored.image.dtype == np.uint16

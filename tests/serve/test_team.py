@@ -27,7 +27,9 @@ class Replicas:
 
     def __init__(self, number: int) -> None:
         pipelines = [FaithDiffPipeline.from_pretrained("nano", model_version="nano") for _ in range(number)]
-        self.models = [ServedModel(INFO, p, Engine(p, EngineConfig(memory_bytes=10**9)), TILE_PX) for p in pipelines]
+        self.models = [
+            ServedModel(INFO, p, Engine(p, EngineConfig(memory_bytes=10**9)), TILE_PX, 1024) for p in pipelines
+        ]
         self.peers = [
             LosablePeer(f"peer {i}", lambda model=model: model, idle_s=60.0) for i, model in enumerate(self.models)
         ]

@@ -73,9 +73,10 @@ def estimate(cfg: RestoreConfig) -> str:
     Raises:
         RequestError, InputError: as `restore`.
     """
-    out, model = open_storage(cfg.out), _model_of(cfg)
+    out = open_storage(cfg.out)
     try:
-        plan = make_plan(cfg, _pictures(cfg), out, model_version=model.version)
+        pictures, model = _pictures(cfg), _model_of(cfg)
+        plan = make_plan(cfg, pictures, out, model_version=model.version)
         with _engine(cfg):
             return estimate_text(cfg, plan, model)
     finally:
@@ -90,8 +91,8 @@ def restore(cfg: RestoreConfig) -> Report:
         RequestError, InputError: the request is wrong; nothing was restored.
         StorageError, ServiceDownError: storage or the endpoint was away for too long; the report says how far it got.
     """
-    out, model = open_storage(cfg.out), _model_of(cfg)
-    pictures = _pictures(cfg)
+    # The pictures first: that a folder is not there is told at once, a model takes seconds to be looked at.
+    out, pictures, model = open_storage(cfg.out), _pictures(cfg), _model_of(cfg)
     check_captioner(cfg.caption)
     records = Records(out)
     with owned(records.uri):

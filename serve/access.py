@@ -15,7 +15,7 @@ from serve.openapi import LimitsJson, UsageJson, UsedJson
 from serve.problems import Problem
 from sr_platform.config import StrictConfig
 
-_FORWARDED = ("forwarded", "x-forwarded-for")
+FORWARDED = ("forwarded", "x-forwarded-for")
 
 
 class AccessConfig(StrictConfig):
@@ -93,7 +93,7 @@ class Access:
         is_local = (
             is_loopback(peer)
             and is_loopback(_host_of(f"//{request.headers.get('host', '')}"))
-            and not any(name in request.headers for name in _FORWARDED)
+            and not any(name in request.headers for name in FORWARDED)
             and (origin is None or origin in self._cfg.allowed_origins or is_loopback(_host_of(origin)))
         )
         if not is_local:

@@ -128,7 +128,7 @@ class Intake:
         """What replicas have reported, at most a few seconds ago."""
         if self._speed is not None and time.monotonic() < self._speed_until_s:
             return self._speed
-        return await asyncio.to_thread(self._measured_speed)
+        return await asyncio.to_thread(self._speed_now)
 
     async def wait_s(self) -> float:
         """Seconds until what waits now is worked off."""
@@ -159,12 +159,14 @@ class Intake:
     def _retry_after_s(self, backlog: Backlog, megapixels: float, allowed: float) -> float:
         """Until enough of the backlog is worked off."""
         share = min(1.0, (backlog.megapixels + megapixels - allowed) / backlog.megapixels)
-        return min(_LONGEST_RETRY_S, share * _drain_s(backlog, self._measured_speed()))
+        return min(_LONGEST_RETRY_S, share * _drain_s(backlog, self._speed_now()))
 
-    def _measured_speed(self) -> Speed:
-        self._speed = speed = speed_of(self._store.replicas(), self._rates)
-        self._speed_until_s = time.monotonic() + _SPEED_LASTS_S
-        return speed
+    def _speed_now(self) -> Speed:
+        """As `speed`, for whoever is in a thread of their own already."""
+        if self._speed is None or time.monotonic() > self._speed_until_s:
+            self._speed = speed_of(self._store.replicas(), self._rates)
+            self._speed_until_s = time.monotonic() + _SPEED_LASTS_S
+        return self._speed
 
 
 def _drain_s(backlog: Backlog, speed: Speed) -> float:

@@ -137,7 +137,7 @@ class JobRun:
         """Whether the picture was this attempt's to publish."""
         job = self.job
         with span("read"):
-            source, resume, peers = await asyncio.to_thread(self._read)
+            source, resume = await asyncio.to_thread(self._read)
         request = await self._described(UpscaleRequest.model_validate(job.request), source)
         self.ticket = self.model.submit(
             source.rgb,
@@ -146,7 +146,8 @@ class JobRun:
             name=f"{job.id}-{job.attempt}-{uuid.uuid4().hex[:8]}",
             priority=job.priority,
             resume=resume,
-            peers=peers,
+            # After the caption, which may take its time.
+            peers=await asyncio.to_thread(self.around.peers, job),
             trace=current(),
         )
         if self.is_lost:
@@ -163,19 +164,20 @@ class JobRun:
         with span("caption"):
             return request.model_copy(update={"prompt": await self.around.caption(source.rgb)})
 
-    def _read(self) -> tuple[PictureFile, CanvasState | None, Sequence[Peer]]:
-        """The picture, checked when the job was accepted, the state another attempt has left, and who may help."""
+    def _read(self) -> tuple[PictureFile, CanvasState | None]:
+        """The picture, checked when the job was accepted, and the state another attempt has left, if any."""
         from faithdiff.canvas_state import CanvasState
         from faithdiff.errors import InputError
 
-        job, storage, resume = self.job, self.around.storage, None
+        job, storage = self.job, self.around.storage
         source = images.read_picture(storage.read_bytes(job.input_name), images.ACCEPTED)
-        if job.attempt > 1:
-            try:
-                resume = CanvasState.from_bytes(storage.read_bytes(_snapshot_name(job)))
-            except (InputDataError, InputError) as error:
-                logger.info("claims: job %s starts from its beginning: %s", job.id, error)
-        return source, resume, self.around.peers(job)
+        if job.attempt == 1:
+            return source, None
+        try:
+            return source, CanvasState.from_bytes(storage.read_bytes(_snapshot_name(job)))
+        except (InputDataError, InputError) as error:
+            logger.info("claims: job %s starts from its beginning: %s", job.id, error)
+            return source, None
 
     def _write(self, request: UpscaleRequest, source: PictureFile, restored: np.ndarray) -> ResultFile:
         """Encodes the picture and stores it under the attempt's own name, so that a late one overwrites nothing."""

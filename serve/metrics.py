@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from pydantic import Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.access import is_loopback
+from serve.access import FORWARDED, is_loopback
 from serve.measurements import NO_SIZE, observe_request, size_class
 from serve.problems import Problem
 from sr_platform.config import StrictConfig
@@ -27,7 +27,6 @@ from sr_platform.metrics import CONTENT_TYPE, exposition
 
 logger = logging.getLogger(__name__)
 
-_FORWARDED = ("forwarded", "x-forwarded-for")
 _STATES_OF_REPLICAS = ("RUNNING", "STARTING", "UPDATING", "STOPPING", "RECOVERING", "PENDING_MIGRATION")
 
 # True of the service, not of a process: read when somebody asks, and shared with nobody.
@@ -105,7 +104,7 @@ def check_scraper(request: Request, cfg: MetricsConfig) -> None:
         return
     # A proxy on this machine may ask for somebody else.
     peer = request.client.host if request.client else ""
-    if any(name in request.headers for name in _FORWARDED) or not is_loopback(peer):
+    if any(name in request.headers for name in FORWARDED) or not is_loopback(peer):
         raise Problem(
             403, "local-only", "metrics: only this machine may ask; the operator may set metrics.token_sha256"
         )
